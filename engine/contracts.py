@@ -1,0 +1,181 @@
+"""What the loop asks of the other folders. `engine` imports none of them; it talks to these Protocols."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from .types import (
+        LossOutput,
+        PolicyOutput,
+        Prompt,
+        Rollout,
+        RolloutGroup,
+        RolloutRequest,
+        Score,
+        StepPlan,
+        TrainBatch,
+        Update,
+        UpdateReport,
+    )
+
+Need = Literal[
+    "old_logprobs",
+    "ref_logprobs",
+    "values",
+    "entropy",
+    "old_entropy",
+    "token_samples",
+    "demonstrations",
+]
+"""What a loss consumes beyond tokens and advantages.
+
+`entropy` is differentiable and current; `old_entropy` and `old_logprobs` are recorded before the first update.
+"""
+
+RewardFn = Callable[["Prompt", str], "Score | float | None"]
+"""(prompt, completion) -> Score, number, or None for UNKNOWN; sync or async."""
+
+LossFn = Callable[["PolicyOutput", "TrainBatch", Mapping[str, float]], "LossOutput"]
+"""Pure: no collectives, no step counter, nothing about the cluster; divides by `batch.denom`."""
+
+
+class Algorithm(Protocol):
+    """One method. The learner never knows its name; see docs/algorithms/ for a walk-through."""
+
+    expert_rows_per_step: int
+    """Rows drawn from the expert stream each step, independent of the rollout prompts; 0 for most methods."""
+
+    @property
+    def needs(self) -> Mapping[str, frozenset[Need]]:
+        """For each loss, what it consumes; checked against config and data before any worker starts."""
+        ...
+
+    @property
+    def losses(self) -> Mapping[str, LossFn]: ...
+
+    def plan(self, prompts: Sequence[Prompt], experts: Sequence[Prompt], step: int) -> StepPlan:
+        """Driver: decide who is rolled out (how often, with which prefix) and whose demonstration trains."""
+        ...
+
+    def assemble(
+        self, plan: StepPlan, groups: Sequence[RolloutGroup], step: int
+    ) -> Sequence[Update]:
+        """Driver, numpy: rows with source, advantage and weight per token; coefficients of this step."""
+        ...
+
+    def finish(self, batch: TrainBatch) -> TrainBatch:
+        """Driver, after the no-grad pass: what needs whole-batch log-probs, entropy or values."""
+        ...
+
+    def observe(self, report: UpdateReport) -> None:
+        """Driver: feed gradient norms or metrics back into the algorithm's state."""
+        ...
+
+    def metrics(self) -> Mapping[str, float]:
+        """State worth logging each step (gates, buffer sizes, coefficients)."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able state for the checkpoint."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class DataSource(Protocol):
+    """Endless, deterministic streams of prompts whose position is a number."""
+
+    eval_prompts: Sequence[Prompt]
+
+    def take(self, n: int) -> Sequence[Prompt]:
+        """The next n rollout prompts."""
+        ...
+
+    def take_experts(self, n: int) -> Sequence[Prompt]:
+        """The next n prompts of the expert stream; each has at least one demonstration."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class RolloutPool(Protocol):
+    """Rollout workers behind one door."""
+
+    def generate(self, requests: Sequence[RolloutRequest], *, step: int) -> Iterator[Rollout]:
+        """Yield every requested rollout once, as it finishes; `step` only enters the seeds."""
+        ...
+
+    def receivers(self) -> Sequence[Any]:
+        """Handles that the learner sends weights to."""
+        ...
+
+    def prove(self, version: int, probes: Sequence[Sequence[int]]) -> Sequence[ServedProof]:
+        """What each worker serves: version, checksums by parameter, log-probs of the probe sequences."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class ServedProof(Protocol):
+    """One worker's evidence after a weight sync."""
+
+    worker: str
+    version: int
+    checksums: Mapping[str, str]
+    """Digest of each received parameter as the learner names it."""
+    stale: Sequence[str]
+    """Parameters whose served (possibly repacked) copy does not compute what was received."""
+    logprobs: Sequence[Sequence[float]]
+
+
+class Scorer(Protocol):
+    """Reward functions behind killable processes."""
+
+    def score(
+        self, requests: Sequence[RolloutRequest], rollouts: Iterable[Rollout]
+    ) -> Sequence[RolloutGroup]:
+        """Score rollouts while they stream in; one group a distinct prompt, in request order."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Learners(Protocol):
+    """Learner ranks behind one door."""
+
+    def annotate(self, batch: TrainBatch, needs: frozenset[Need], *, single: bool) -> TrainBatch:
+        """No-grad pass that fills the declared columns.
+
+        `single` says that one optimizer step consumes the whole batch, so old log-probs equal the current ones.
+        """
+        ...
+
+    def update(self, batch: TrainBatch, update: Update, *, step: int) -> Sequence[UpdateReport]:
+        """Minibatches x epochs optimizer steps."""
+        ...
+
+    def connect(self, receivers: Sequence[Any]) -> None:
+        """Tell the learner where to send weights."""
+        ...
+
+    def send_weights(self, version: int) -> Mapping[str, str]:
+        """Deliver the current weights to every receiver; return the checksum of each parameter."""
+        ...
+
+    def logprobs(self, sequences: Sequence[Sequence[int]]) -> Sequence[Sequence[float]]:
+        """Log-probs of tokens 1.. of each sequence under the current policy."""
+        ...
+
+    def save(self, folder: str) -> None: ...
+
+    def load(self, folder: str) -> None: ...
+
+    def export(self, folder: str) -> None:
+        """Write safetensors that transformers and vLLM load."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,306 @@
+"""Every hop of the data's way through the house, as a frozen dataclass.
+
+    Prompt (+ Demonstration) -> StepPlan -> RolloutRequest -> Rollout -> Score -> RolloutGroup
+    -> Sample -> Update -> TrainBatch -> PolicyOutput -> LossOutput -> UpdateReport
+
+Letters in shapes: P prompts, G rollouts per prompt, N rows, T tokens of all rows together, V vocabulary.
+
+**Alignment rule.** Index t of every per-token field describes *token t*:
+`logprobs[t] = log p(token_t | tokens of the same row before t)`. The first token of a row is never trained. Tensors
+know no prompt/response split, only `source`. Unknown is absent (None, or NaN inside an array), never 0.
+
+Nothing here imports torch: a user's reward function can import these types in milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import IntEnum, StrEnum
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TokenIds = tuple[int, ...]
+FinishReason = Literal["stop", "length", "abort"]
+
+
+class Source(IntEnum):
+    """Who wrote a token."""
+
+    CONTEXT = 0
+    """Prompt, tool output, a hint that is only shown: never trained."""
+    POLICY = 1
+    """Sampled by the policy being trained."""
+    EXPERT = 2
+    """Written by a demonstration."""
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """What an expert wrote in answer to a prompt; token_ids end with the end-of-sequence token.
+
+    >>> Demonstration(token_ids=(28, 2), text="4", origin="reasoning_gym")
+    Demonstration(token_ids=(28, 2), text='4', origin='reasoning_gym', logprobs=None, score=None)
+    """
+
+    token_ids: TokenIds
+    text: str
+    origin: str = ""
+    logprobs: tuple[float, ...] | None = None
+    """The teacher's own log-probs, one a token; None where they are unknown."""
+    score: Score | None = None
+    """Verdict of the run's verifier on `text`; None where it was not graded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A question, already tokenized with the chat template and its generation prompt.
+
+    >>> Prompt("sums/0", ({"role": "user", "content": "2+2?"},), (17, 10, 17), answer="4").reward is None
+    True
+    """
+
+    prompt_id: str
+    messages: tuple[Mapping[str, str], ...]
+    token_ids: TokenIds
+    answer: str | None = None
+    reward: str | None = None
+    """Name of the reward that grades this prompt; None means the recipe's own."""
+    demonstrations: tuple[Demonstration, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the rollout policy draws tokens; temperature 0 is greedy."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutRequest:
+    """n rollouts of one prompt, each starting with the forced tokens of `prefix` (usually none).
+
+    `first_index` numbers the rollouts when one prompt has several requests (plain and prefixed ones).
+    """
+
+    prompt: Prompt
+    n: int
+    sampling: Sampling
+    prefix: TokenIds = ()
+    first_index: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One finished sample. All of its generated tokens come from one `policy_version`.
+
+    >>> Rollout("sums/0", 0, (20, 28, 2), 1, (-0.1, -0.2), 7, "stop", " 4").logprobs   # of 28 and 2
+    (-0.1, -0.2)
+    """
+
+    prompt_id: str
+    index: int
+    token_ids: TokenIds
+    """Prefix, then generated tokens, end-of-sequence included when finish_reason is "stop"."""
+    prefix_len: int
+    logprobs: tuple[float, ...]
+    """The sampler's, of the generated part only."""
+    policy_version: int
+    finish_reason: FinishReason
+    text: str
+
+
+class ScoreStatus(StrEnum):
+    OK = "ok"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A verifier's verdict: a number, or UNKNOWN with the reason. UNKNOWN is never a number.
+
+    >>> Score.ok(1.0).reward, Score.unknown("deadline of 5 s exceeded").reward
+    (1.0, None)
+    """
+
+    status: ScoreStatus
+    reward: float | None
+    parts: Mapping[str, float] = field(default_factory=dict)
+    reason: str = ""
+
+    @classmethod
+    def ok(cls, reward: float, parts: Mapping[str, float] | None = None) -> Score:
+        return cls(ScoreStatus.OK, float(reward), dict(parts or {}))
+
+    @classmethod
+    def unknown(cls, reason: str) -> Score:
+        return cls(ScoreStatus.UNKNOWN, None, {}, reason)
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutGroup:
+    """All rollouts of one prompt in one step, scored, ordered by index."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    scores: tuple[Score, ...]
+
+    @property
+    def rewards(self) -> tuple[float, ...]:
+        """Rewards of the rollouts whose score is known."""
+        return tuple(score.reward for score in self.scores if score.reward is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What one step does: who is rolled out, and whose demonstration trains."""
+
+    requests: tuple[RolloutRequest, ...] = ()
+    experts: tuple[Prompt, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One training row, numpy arrays of length T (this row's tokens).
+
+    A prompt of two tokens, answered by the policy with `4 </s>` for reward 1 in a group whose mean is 0.5:
+
+        token_ids        [17, 10,  28,   2]
+        source           [ 0,  0,   1,   1]
+        advantages       [ 0,  0, 0.5, 0.5]
+        weights          [ 1,  1,   1,   1]   0 removes a token from every component and denominator
+        rollout_logprobs [nan, nan, -0.1, -0.2]
+    """
+
+    token_ids: np.ndarray
+    source: np.ndarray
+    advantages: np.ndarray
+    weights: np.ndarray
+    rollout_logprobs: np.ndarray
+    group_id: str
+    reward: float | None = None
+    policy_version: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def with_advantage(self, advantage: float, *, on: Source = Source.POLICY) -> Sample:
+        """The same row with one advantage on all its tokens of source `on`."""
+        advantages = np.where(self.source == on, np.float32(advantage), self.advantages)
+        return replace(self, advantages=advantages.astype(self.advantages.dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """One optimizer phase: rows, the loss to use, and the coefficients of this step's schedules."""
+
+    samples: tuple[Sample, ...]
+    loss: str
+    coefs: Mapping[str, float]
+    minibatches: int = 1
+    epochs: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Denominators:
+    """Counts over *all ranks and all micro-batches* of one minibatch; a component divides by its own.
+
+    A row counts for a source when it has at least one trained token of that source.
+    """
+
+    policy_tokens: int
+    expert_tokens: int
+    policy_rows: int
+    expert_rows: int
+    tokens: int
+    """Trained tokens of either source."""
+    rows: int
+    """Rows with a trained token of either source."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainBatch:
+    """Rows laid end to end. T tokens in N rows; row i owns tokens `row_starts[i]:row_starts[i+1]`.
+
+    Two rows `17 10 | 28 2` and `17 | 9 9 2` (response after the bar, the second row written by an expert):
+
+        input_ids    [17, 10, 28,  2, 17,  9,  9,  2]
+        position_ids [ 0,  1,  2,  3,  0,  1,  2,  3]
+        row_ids      [ 0,  0,  0,  0,  1,  1,  1,  1]
+        row_starts   [ 0,  4,  8]
+        source       [ 0,  0,  1,  1,  0,  2,  2,  2]
+    """
+
+    input_ids: Tensor  # i64 [T]
+    position_ids: Tensor  # i64 [T]
+    row_ids: Tensor  # i64 [T]
+    row_starts: Tensor  # i64 [N + 1]
+    source: Tensor  # i64 [T]
+    advantages: Tensor  # float [T]
+    weights: Tensor  # float [T]
+    rollout_logprobs: Tensor  # float [T], NaN where the sampler's log-prob is unknown
+    rewards: Tensor  # float [N], NaN where the row was never scored
+    group_ids: Tensor  # i64 [N], equal for rows of one prompt
+    denom: Denominators
+    # Present only where the loss declares that it needs them, all float [T]:
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    entropy: Tensor | None = None
+    values: Tensor | None = None
+    returns: Tensor | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_starts) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def trained(self) -> Tensor:
+        """bool [T]: tokens that are a member of some component."""
+        return (self.source != Source.CONTEXT) & (self.weights != 0)
+
+    def is_trained(self, source: Source) -> Tensor:
+        """bool [T]: trained tokens written by `source`."""
+        return (self.source == source) & (self.weights != 0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PolicyOutput:
+    """The differentiable side of a loss: float32 [T], exactly 0 on tokens that are not trained."""
+
+    logprobs: Tensor
+    entropy: Tensor | None = None
+    values: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LossOutput:
+    """A scalar attached to the graph, and metrics already divided: both are *summed* over micro-batches and ranks."""
+
+    loss: Tensor
+    metrics: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateReport:
+    """What one optimizer step did."""
+
+    loss_name: str
+    grad_norm: float
+    """L2 norm over all parameters and ranks, before clipping."""
+    metrics: Mapping[str, float]
+    learning_rate: float
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    """Trained tokens by source ("policy", "expert") and "computed" (all tokens of the forward pass)."""
+    applied: bool = True
+    """False when a non-finite gradient made every rank skip the step."""

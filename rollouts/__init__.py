@@ -1,0 +1,3 @@
+"""vLLM workers, the pool that feeds them, prompts and demonstrations, chat templates."""
+
+from .. import __version__ as __version__
