@@ -1,3 +1,48 @@
-"""One file = one algorithm; shared pure maths beside them."""
+"""One file = one algorithm; shared pure maths beside them.
+
+To add one: write the file, then name it here. From outside the repository, `algorithm.type: my_module:MyMethod` does the
+same without touching it.
+"""
+
+from importlib import import_module
 
 from .. import __version__ as __version__
+from ..engine.errors import ConfigError
+from .base import AlgorithmBase, AlgorithmConfig, Setup
+from .chord import Chord
+from .grpo import Grpo
+from .sft import Sft
+
+ALGORITHMS: dict[str, type[AlgorithmBase]] = {
+    "chord": Chord,
+    "grpo": Grpo,
+    "sft": Sft,
+}
+
+
+def resolve(name: str) -> type[AlgorithmBase]:
+    """The class of a registered name, or of `module:Class`.
+
+    Raises ConfigError at algorithm.type naming the value and what exists.
+    """
+    if name in ALGORITHMS:
+        return ALGORITHMS[name]
+    path = "algorithm.type"
+    module_name, colon, class_name = name.partition(":")
+    if not colon:
+        raise ConfigError.at(
+            path, name, f"no such algorithm; choose {', '.join(ALGORITHMS)}, or module:Class"
+        )
+    try:
+        module = import_module(module_name)
+    except ImportError as error:
+        raise ConfigError.at(path, name, f"cannot import {module_name!r}: {error}") from error
+    found = getattr(module, class_name, None)
+    if not (isinstance(found, type) and issubclass(found, AlgorithmBase)):
+        raise ConfigError.at(
+            path, name, f"{module_name!r} has no class {class_name!r} derived from AlgorithmBase"
+        )
+    return found
+
+
+__all__ = ["ALGORITHMS", "AlgorithmBase", "AlgorithmConfig", "Setup", "resolve"]

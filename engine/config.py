@@ -82,10 +82,12 @@ class LearnerConfig(Section):
     """Deadline of every call to a learner rank and of every collective."""
 
     @model_validator(mode="after")
-    def _offload_needs_zero(self) -> "LearnerConfig":
-        if self.offload_optimizer and self.zero_stage == 0:
+    def _zero_holds_master_weights(self) -> "LearnerConfig":
+        if self.zero_stage == 0 and (self.offload_optimizer or self.dtype == "bfloat16"):
+            key = "offload_optimizer = true" if self.offload_optimizer else "dtype = bfloat16"
             raise ValueError(
-                "learner.offload_optimizer = true needs learner.zero_stage of 1, 2 or 3 (it is 0)"
+                f"learner.{key} needs learner.zero_stage of 1, 2 or 3 (it is 0): "
+                "ZeRO holds the float32 master weights"
             )
         return self
 

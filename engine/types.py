@@ -193,7 +193,7 @@ class Sample:
 
     def with_advantage(self, advantage: float, *, on: Source = Source.POLICY) -> Sample:
         """The same row with one advantage on all its tokens of source `on`."""
-        advantages = np.where(self.source == on, np.float32(advantage), self.advantages)
+        advantages = np.where(self.source == on, advantage, self.advantages)
         return replace(self, advantages=advantages.astype(self.advantages.dtype))
 
 
@@ -252,7 +252,7 @@ class TrainBatch:
     # Present only where the loss declares that it needs them, all float [T]:
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
-    entropy: Tensor | None = None
+    old_entropy: Tensor | None = None
     values: Tensor | None = None
     returns: Tensor | None = None
 

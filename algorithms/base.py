@@ -1,0 +1,243 @@
+"""What most algorithms share: config fields, rows from rollouts and demonstrations, group credit, default hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from ..engine.config import Section
+from ..engine.contracts import LossFn, Need
+from ..engine.errors import ConfigError, DataError
+from ..engine.types import (
+    Demonstration,
+    Prompt,
+    RolloutGroup,
+    RolloutRequest,
+    Sample,
+    Sampling,
+    Source,
+    StepPlan,
+    TokenIds,
+    Update,
+    UpdateReport,
+)
+from .advantages import Estimator, estimate_advantages, uniform_groups
+from .expert_losses import ExpertLoss, Nll
+from .losses import KlEstimator, Normalizer
+
+if TYPE_CHECKING:
+    from ..engine.types import TrainBatch
+
+
+class AlgorithmConfig(Section):
+    """Base of every algorithm's config; `type` names it in the registry, or is `module:Class`."""
+
+    type: str
+    max_response_length: int = Field(8192, ge=1)
+    """Constant of the `constant` normalizer, and the length demonstrations are cut to."""
+
+
+class PolicyFields(AlgorithmConfig):
+    """Fields of every algorithm with a policy surrogate."""
+
+    rollouts_per_prompt: int = Field(8, ge=1)
+    """Rows of a group, injected expert rows included (G in papers)."""
+    advantage: Estimator = "group_std"
+    advantage_epsilon: float = Field(1e-6, gt=0)
+    clip_low: float | None = Field(0.2, ge=0)
+    """null: no lower bound on the ratio."""
+    clip_high: float | None = Field(0.2, ge=0)
+    dual_clip: float | None = Field(None, gt=1)
+    ratio_level: Literal["token", "sequence"] = "token"
+    normalizer: Normalizer = "tokens"
+    entropy_coef: float = Field(0.0, ge=0)
+    entropy_scope: Literal["policy", "all"] = "policy"
+    """policy: POLICY tokens; all: EXPERT tokens too."""
+    kl_coef: float = Field(0.0, ge=0)
+    kl_estimator: KlEstimator = "k3"
+    sampler_ratio_cap: float | None = Field(None, gt=0)
+    """Cap of the truncated importance weight between sampler and learner; null: no correction."""
+    drop_uniform_groups: bool = False
+    """Groups whose scored rows all have the same reward leave the loss."""
+
+
+class ExpertFields(AlgorithmConfig):
+    """Fields of every algorithm with an expert loss."""
+
+    expert_loss: ExpertLoss = Nll()
+    expert_normalizer: Normalizer = "tokens"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the rest of the recipe tells an algorithm."""
+
+    sampling: Sampling
+    minibatches: int = 1
+    epochs: int = 1
+    seed: int = 0
+
+
+def make_row(
+    prompt: Prompt,
+    response: TokenIds,
+    *,
+    expert_tokens: int,
+    rollout_logprobs: Sequence[float] = (),
+    reward: float | None = None,
+    policy_version: int | None = None,
+) -> Sample:
+    """Prompt as CONTEXT, then `expert_tokens` EXPERT tokens, then POLICY tokens with the sampler's log-probs."""
+    context, total = len(prompt.token_ids), len(prompt.token_ids) + len(response)
+    source = np.full(total, Source.POLICY, dtype=np.int8)
+    source[:context] = Source.CONTEXT
+    source[context : context + expert_tokens] = Source.EXPERT
+    sampled = np.full(total, np.nan, dtype=np.float32)
+    if len(rollout_logprobs):
+        sampled[context + expert_tokens :] = rollout_logprobs
+    return Sample(
+        token_ids=np.asarray((*prompt.token_ids, *response), dtype=np.int32),
+        source=source,
+        advantages=np.zeros(total, dtype=np.float32),
+        weights=np.ones(total, dtype=np.float32),
+        rollout_logprobs=sampled,
+        group_id=prompt.prompt_id,
+        reward=reward,
+        policy_version=policy_version,
+    )
+
+
+def rollout_rows(groups: Sequence[RolloutGroup]) -> list[Sample]:
+    """Policy and hybrid rows of all rollouts whose score is known; UNKNOWN ones enter no baseline and no loss."""
+    return [
+        make_row(
+            group.prompt,
+            rollout.token_ids,
+            expert_tokens=rollout.prefix_len,
+            rollout_logprobs=rollout.logprobs,
+            reward=score.reward,
+            policy_version=rollout.policy_version,
+        )
+        for group in groups
+        for rollout, score in zip(group.rollouts, group.scores, strict=True)
+        if score.reward is not None and len(rollout.token_ids) > 0
+    ]
+
+
+def expert_row(prompt: Prompt, demonstration: Demonstration, max_response_length: int) -> Sample:
+    """The demonstration as a row, cut to `max_response_length` tokens (the end token stays only when it fits).
+
+    Raises DataError when the demonstration has no tokens.
+    """
+    if not demonstration.token_ids:
+        raise DataError(f"prompt {prompt.prompt_id!r}: its demonstration has no tokens; remove it")
+    response = demonstration.token_ids[:max_response_length]
+    return make_row(prompt, response, expert_tokens=len(response))
+
+
+def expert_rows(prompts: Sequence[Prompt], max_response_length: int) -> list[Sample]:
+    """One row a prompt, from its first demonstration. Raises DataError naming a prompt that has none."""
+    for prompt in prompts:
+        if not prompt.demonstrations:
+            raise DataError(
+                f"prompt {prompt.prompt_id!r} has no demonstration, and this algorithm trains one for each prompt"
+            )
+    return [expert_row(p, p.demonstrations[0], max_response_length) for p in prompts]
+
+
+def credit_groups(samples: Sequence[Sample], config: PolicyFields) -> list[Sample]:
+    """Give POLICY tokens their group's advantage; rows without a reward keep 0.
+
+    With `drop_uniform_groups`, rows of groups that carry no signal get weight 0.
+    """
+    rewards = [s.reward for s in samples]
+    groups = [s.group_id for s in samples]
+    advantages = estimate_advantages(rewards, groups, config.advantage, config.advantage_epsilon)
+    dropped = uniform_groups(rewards, groups) if config.drop_uniform_groups else set[str]()
+    rows = []
+    for sample, advantage in zip(samples, advantages, strict=True):
+        if sample.reward is not None and sample.group_id in dropped:
+            rows.append(replace(sample, weights=np.zeros_like(sample.weights)))
+        else:
+            rows.append(sample.with_advantage(advantage) if sample.reward is not None else sample)
+    return rows
+
+
+class AlgorithmBase:
+    """Default hooks. A subclass sets `Config`, `losses` and `needs`, and overrides what it does differently.
+
+    `assemble` is rows -> `credit` -> one update with `coefs(step)`; most algorithms override only those two.
+    """
+
+    Config: ClassVar[type[AlgorithmConfig]]
+    expert_rows_per_step = 0
+
+    def __init__(self, config: Any, setup: Setup) -> None:
+        self.config = config
+        self.setup = setup
+
+    @property
+    def losses(self) -> Mapping[str, LossFn]:
+        raise NotImplementedError(f"{type(self).__name__} defines no losses")
+
+    @property
+    def needs(self) -> Mapping[str, frozenset[Need]]:
+        raise NotImplementedError(f"{type(self).__name__} declares no needs")
+
+    def request(self, prompt: Prompt) -> RolloutRequest:
+        """A whole group of plain rollouts."""
+        return RolloutRequest(prompt, self.config.rollouts_per_prompt, self.setup.sampling)
+
+    def plan(self, prompts: Sequence[Prompt], experts: Sequence[Prompt], step: int) -> StepPlan:
+        return StepPlan(tuple(self.request(prompt) for prompt in prompts), tuple(experts))
+
+    def coefs(self, step: int) -> dict[str, float]:
+        """Scheduled coefficients at this many completed steps."""
+        return {}
+
+    def credit(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Advantages and weights of one update's rows."""
+        return credit_groups(samples, self.config)
+
+    def update(self, samples: Sequence[Sample], coefs: Mapping[str, float]) -> Update:
+        return Update(tuple(samples), "main", coefs, self.setup.minibatches, self.setup.epochs)
+
+    def assemble(
+        self, plan: StepPlan, groups: Sequence[RolloutGroup], step: int
+    ) -> Sequence[Update]:
+        rows = rollout_rows(groups) + expert_rows(plan.experts, self.config.max_response_length)
+        return [self.update(self.credit(rows), self.coefs(step))]
+
+    def finish(self, batch: TrainBatch) -> TrainBatch:
+        return batch
+
+    def observe(self, report: UpdateReport) -> None:
+        """Nothing to learn from the report."""
+
+    def metrics(self) -> Mapping[str, float]:
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state:
+            raise ConfigError.at(
+                "algorithm.type",
+                self.config.type,
+                f"the checkpoint holds state ({', '.join(state)}) that this algorithm does not have",
+            )
+
+
+def surrogate_needs(config: PolicyFields) -> frozenset[Need]:
+    """What a policy surrogate with entropy and KL terms consumes."""
+    needs: set[Need] = {"old_logprobs"}
+    if config.entropy_coef > 0:
+        needs.add("entropy")
+    if config.kl_coef > 0:
+        needs.add("ref_logprobs")
+    return frozenset(needs)

@@ -1,0 +1,85 @@
+"""Attention inside each row of a packed batch, for models of the transformers library.
+
+Registered under the name "plait_segments": rows lie end to end in one [1, heads, T, dim] tensor, and each attends only
+to itself, causally. Nothing is padded and no [T, T] mask exists. On CUDA, flash-attention's own variable-length kernel
+does the same and is preferred.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+
+SEGMENTS = "plait_segments"
+
+
+def segment_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    row_lengths: list[int],
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """query [1, H, T, D], key and value [1, H_kv, T, D] -> [1, T, H, D]; row_lengths sum to T."""
+    outputs = [
+        _attend(q, k, v, scaling, dropout, sliding_window, softcap)
+        for q, k, v in zip(
+            query.split(row_lengths, dim=2),
+            key.split(row_lengths, dim=2),
+            value.split(row_lengths, dim=2),
+            strict=True,
+        )
+    ]
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Causal attention of one row; the kernel where it applies, the formula for soft-capped logits (Gemma 2)."""
+    length = query.shape[2]
+    outside = window is not None and length > window
+    if softcap is None and not outside:
+        return scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
+        )
+    distance = torch.arange(length, device=query.device)
+    distance = distance[:, None] - distance[None, :]
+    visible = distance >= 0
+    if window is not None:
+        visible = visible & (distance < window)
+    if softcap is None:
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask=visible, dropout_p=dropout, scale=scaling, enable_gqa=True
+        )
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    scores = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scaling is None else scaling)
+    scores = torch.tanh(scores / softcap) * softcap
+    weights = scores.masked_fill(~visible, float("-inf")).float().softmax(-1).to(query.dtype)
+    return torch.nn.functional.dropout(weights, dropout) @ value
+
+
+def no_mask(*_: Any, **__: Any) -> None:
+    """Segments need no mask tensor."""
+
+
+AttentionInterface.register(SEGMENTS, segment_attention)
+AttentionMaskInterface.register(SEGMENTS, no_mask)

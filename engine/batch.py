@@ -1,0 +1,187 @@
+"""Rows -> one flat batch -> minibatches -> ranks -> micro-batches. Pure; no collectives, no model.
+
+A row is never split. Whole minibatches decide the denominators, so every cut below gives the same gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .types import Denominators, Sample, Source, TrainBatch
+
+ROW_FIELDS = ("rewards", "group_ids")
+
+
+def collate(samples: Sequence[Sample], dtype: torch.dtype = torch.float32) -> TrainBatch:
+    """Lay rows end to end; see TrainBatch for a worked example.
+
+    Raises ValueError when a row is empty or its first token would be trained (nothing predicts it).
+    """
+    for i, sample in enumerate(samples):
+        if len(sample) == 0:
+            raise ValueError(f"row {i} of group {sample.group_id!r} has no tokens")
+        if sample.source[0] != Source.CONTEXT and sample.weights[0] != 0:
+            raise ValueError(
+                f"row {i} of group {sample.group_id!r}: its first token has source "
+                f"{Source(int(sample.source[0])).name}; nothing predicts it, so a row must start with context"
+            )
+    lengths = torch.tensor([len(sample) for sample in samples], dtype=torch.long)
+    starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    row_ids = torch.repeat_interleave(torch.arange(len(samples)), lengths)
+    groups = {name: i for i, name in enumerate(dict.fromkeys(s.group_id for s in samples))}
+
+    def tokens(name: str, kind: torch.dtype) -> Tensor:
+        if not samples:
+            return torch.zeros(0, dtype=kind)
+        return torch.from_numpy(np.concatenate([getattr(s, name) for s in samples])).to(kind)
+
+    batch = TrainBatch(
+        input_ids=tokens("token_ids", torch.long),
+        position_ids=torch.arange(int(starts[-1])) - starts[row_ids],
+        row_ids=row_ids,
+        row_starts=starts,
+        source=tokens("source", torch.long),
+        advantages=tokens("advantages", dtype),
+        weights=tokens("weights", dtype),
+        rollout_logprobs=tokens("rollout_logprobs", dtype),
+        rewards=torch.tensor(
+            [float("nan") if s.reward is None else s.reward for s in samples], dtype=dtype
+        ),
+        group_ids=torch.tensor([groups[s.group_id] for s in samples], dtype=torch.long),
+        denom=Denominators(0, 0, 0, 0, 0, 0),
+    )
+    return replace(batch, denom=count(batch))
+
+
+def count(batch: TrainBatch) -> Denominators:
+    """Member tokens and rows of the whole batch, by source."""
+
+    def members(mask: Tensor) -> tuple[int, int]:
+        return int(mask.sum()), len(batch.row_ids[mask].unique())
+
+    policy_tokens, policy_rows = members(batch.is_trained(Source.POLICY))
+    expert_tokens, expert_rows = members(batch.is_trained(Source.EXPERT))
+    tokens, rows = members(batch.trained)
+    return Denominators(policy_tokens, expert_tokens, policy_rows, expert_rows, tokens, rows)
+
+
+def select(batch: TrainBatch, rows: Sequence[int]) -> TrainBatch:
+    """The named rows, in that order. Denominators stay those of `batch`."""
+    index = torch.as_tensor(rows, dtype=torch.long)
+    lengths = batch.row_starts.diff()[index]
+    starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    row_ids = torch.repeat_interleave(torch.arange(len(index)), lengths)
+    # Token j of new row i is token j of old row index[i].
+    tokens = torch.arange(int(starts[-1])) - starts[row_ids] + batch.row_starts[index][row_ids]
+    taken = {"row_ids": row_ids, "row_starts": starts}
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if field.name not in taken and isinstance(value, Tensor):
+            taken[field.name] = value[index if field.name in ROW_FIELDS else tokens]
+    return replace(batch, **taken)
+
+
+def blank(batch: TrainBatch) -> TrainBatch:
+    """One row of two CONTEXT tokens with the same columns as `batch`: computes, trains nothing."""
+    rows = {"row_starts": torch.tensor([0, 2]), "position_ids": torch.arange(2)}
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if field.name not in rows and isinstance(value, Tensor):
+            rows[field.name] = torch.zeros(1 if field.name in ROW_FIELDS else 2, dtype=value.dtype)
+    return replace(batch, **rows)
+
+
+def from_sequences(sequences: Sequence[Sequence[int]]) -> TrainBatch:
+    """Rows whose every token but the first counts as trained: for asking log-probs."""
+    samples = []
+    for i, sequence in enumerate(sequences):
+        n = len(sequence)
+        source = np.full(n, Source.EXPERT, dtype=np.int8)
+        source[0] = Source.CONTEXT
+        zeros = np.zeros(n, dtype=np.float32)
+        ids = np.asarray(sequence, dtype=np.int32)
+        samples.append(Sample(ids, source, zeros, zeros + 1, zeros + np.nan, group_id=str(i)))
+    return collate(samples)
+
+
+def split_minibatches(batch: TrainBatch, num: int, seed: int) -> list[list[int]]:
+    """Rows of each optimizer step: groups are shuffled and dealt out whole.
+
+    Groups that hold only expert rows are dealt separately, so both streams enter each minibatch in proportion.
+    """
+    if num == 1:
+        return [list(range(batch.num_rows))]
+    rows_of: dict[int, list[int]] = {}
+    for row, group in enumerate(batch.group_ids.tolist()):
+        rows_of.setdefault(group, []).append(row)
+    has_policy = set(batch.row_ids[batch.source == Source.POLICY].tolist())
+    kinds: list[list[list[int]]] = [[], []]
+    for rows in rows_of.values():
+        kinds[int(has_policy.isdisjoint(rows))].append(rows)
+    rng = np.random.default_rng(seed)
+    parts: list[list[int]] = [[] for _ in range(num)]
+    for groups in kinds:
+        order = rng.permutation(len(groups))
+        for part, chosen in zip(parts, np.array_split(order, num), strict=True):
+            part.extend(row for i in chosen for row in groups[i])
+    return [sorted(part) for part in parts if part]
+
+
+def shard(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Rows of each rank with nearly equal token counts: longest first, to the least loaded rank.
+
+    >>> shard([5, 3, 3, 1], 2)
+    [[0, 3], [1, 2]]
+    """
+    loads = [0] * num_ranks
+    parts: list[list[int]] = [[] for _ in range(num_ranks)]
+    for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        rank = min(range(num_ranks), key=loads.__getitem__)
+        parts[rank].append(row)
+        loads[rank] += lengths[row]
+    return [sorted(part) for part in parts]
+
+
+def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Rows of each micro-batch within a token budget: first fit, longest first.
+
+    >>> pack([2, 6, 3], max_tokens=8)
+    [[0, 1], [2]]
+    """
+    bins: list[list[int]] = []
+    free: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[row]
+        if length > max_tokens:
+            raise ValueError(
+                f"a row of {length} tokens exceeds learner.max_tokens_per_micro_batch = {max_tokens}"
+            )
+        for i, room in enumerate(free):
+            if length <= room:
+                bins[i].append(row)
+                free[i] -= length
+                break
+        else:
+            bins.append([row])
+            free.append(max_tokens - length)
+    return [sorted(rows) for rows in bins]
+
+
+def partition(batch: TrainBatch, num_ranks: int, max_tokens: int) -> list[list[list[int]]]:
+    """Rows of each micro-batch of each rank. Every rank gets the same number of micro-batches.
+
+    Ranks reduce gradients together, so one that has fewer micro-batches is given empty ones: the learner turns an
+    empty micro-batch into a zero loss that is attached to the graph.
+    """
+    lengths = batch.row_starts.diff().tolist()
+    plans = []
+    for rows in shard(lengths, num_ranks):
+        bins = pack([lengths[row] for row in rows], max_tokens)
+        plans.append([[rows[i] for i in chosen] for chosen in bins])
+    num = max(1, *(len(plan) for plan in plans))
+    return [plan + [[] for _ in range(num - len(plan))] for plan in plans]

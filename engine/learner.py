@@ -1,0 +1,358 @@
+"""One data-parallel rank of the learner: a DeepSpeed engine around PolicyModel.
+
+The class is plain: it is a Ray actor in a run, and works in process for tests and profiling.
+
+**Numerical contract.** Losses divide by denominators counted over all ranks and micro-batches. DeepSpeed averages
+gradients over ranks, so the loss is multiplied by the number of ranks, and DeepSpeed's own accumulation scaling is off.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from math import ceil, cos, pi
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .batch import blank, from_sequences
+from .config import LearnerConfig
+from .contracts import LossFn, Need
+from .errors import CheckpointError, LearnerError
+from .types import PolicyOutput, Source, TrainBatch, UpdateReport
+
+if TYPE_CHECKING:
+    from .weight_sync import WeightSender
+
+CHECKPOINT_TAG = "learner"
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process's place among the learner's ranks."""
+
+    index: int = 0
+    world_size: int = 1
+    address: str = "127.0.0.1"
+    port: int = 0
+    """0: any free port (only with one rank)."""
+
+
+def learning_rate(config: LearnerConfig, step: int, total_steps: int) -> float:
+    """Rate of loop step `step` (0 is the first): linear warm-up, then constant, linear or cosine decay to 0."""
+    warmup = ceil(config.warmup_ratio * total_steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(total_steps - warmup, 1)
+    factor = {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": (1 + cos(pi * progress)) / 2,
+    }[config.schedule]
+    return config.learning_rate * factor
+
+
+def deepspeed_config(config: LearnerConfig) -> dict[str, Any]:
+    """DeepSpeed's own configuration; batching, accumulation and schedules stay with plait."""
+    zero: dict[str, Any] = {"stage": config.zero_stage, "overlap_comm": config.device == "cuda"}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "bf16": {"enabled": config.dtype == "bfloat16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        # Without ZeRO and in float32 DeepSpeed clips but does not tell the norm: see _clip_gradients.
+        "gradient_clipping": 0.0 if clips_itself(config) else config.max_grad_norm,
+        "steps_per_print": 10**9,
+    }
+
+
+def clips_itself(config: LearnerConfig) -> bool:
+    return config.zero_stage == 0 and config.dtype == "float32"
+
+
+class LearnerWorker:
+    """Holds the policy, its optimizer and, where a loss needs it, the frozen reference."""
+
+    def __init__(
+        self,
+        model_path: str,
+        config: LearnerConfig,
+        losses: Mapping[str, LossFn],
+        needs: Mapping[str, frozenset[Need]],
+        rank: Rank,
+    ) -> None:
+        import deepspeed
+
+        from .model import PolicyModel, load_model
+
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        self.config, self.losses, self.needs, self.rank = config, losses, needs, rank
+        self.model_path = model_path
+        self.device = torch.device(config.device, 0) if config.device == "cuda" else torch.device("cpu")
+        torch.set_num_threads(config.num_cpus)
+        torch.manual_seed(0)
+        self._join_ranks()
+        model = load_model(model_path, config)
+        model.train()
+        chunk = config.logit_chunk_tokens
+        policy = PolicyModel(model, packing=config.packing, logit_chunk_tokens=chunk)
+        self.reference: PolicyModel | None = None
+        if any("ref_logprobs" in need for need in needs.values()):
+            frozen = load_model(model_path, config.model_copy(update={"lora": None}))
+            frozen.requires_grad_(False).eval().to(self.device)
+            self.reference = PolicyModel(frozen, packing=config.packing, logit_chunk_tokens=chunk)
+        self.engine, _, _, _ = deepspeed.initialize(
+            model=policy,
+            optimizer=make_optimizer(policy, config),
+            config=deepspeed_config(config),
+            dist_init_required=False,
+        )
+        self.sender: WeightSender | None = None
+
+    def _join_ranks(self) -> None:
+        import deepspeed
+
+        if torch.distributed.is_initialized():
+            if torch.distributed.get_world_size() != self.rank.world_size:
+                raise LearnerError(
+                    f"this process is already in a group of {torch.distributed.get_world_size()} ranks; "
+                    f"a learner of {self.rank.world_size} needs fresh processes"
+                )
+            return
+        # DeepSpeed and torch read the same facts from the environment.
+        os.environ.update(
+            RANK=str(self.rank.index),
+            WORLD_SIZE=str(self.rank.world_size),
+            LOCAL_RANK="0",
+            MASTER_ADDR=self.rank.address,
+            MASTER_PORT=str(self.rank.port or free_port()),
+        )
+        deepspeed.init_distributed(
+            dist_backend="nccl" if self.config.device == "cuda" else "gloo",
+            auto_mpi_discovery=False,
+            timeout=timedelta(seconds=self.config.timeout_seconds),
+            verbose=False,
+        )
+
+    # -- forward ------------------------------------------------------------------------------
+
+    def annotate(
+        self, micro_batches: Sequence[TrainBatch], needs: frozenset[Need]
+    ) -> list[dict[str, Tensor]]:
+        """No-grad columns [T] of each micro-batch: old_logprobs, old_entropy, ref_logprobs as declared."""
+        columns: list[dict[str, Tensor]] = []
+        for micro_batch in micro_batches:
+            batch = self._to_device(micro_batch)
+            column: dict[str, Tensor] = {}
+            with torch.no_grad():
+                if needs & {"old_logprobs", "old_entropy"}:
+                    logprobs, entropy = self.engine(batch, "old_entropy" in needs)
+                    column["old_logprobs"] = logprobs
+                    if entropy is not None:
+                        column["old_entropy"] = entropy
+                if "ref_logprobs" in needs:
+                    assert self.reference is not None
+                    column["ref_logprobs"], _ = self.reference(batch, False)
+            blank_row = micro_batch.num_rows == 0
+            columns.append({k: v[:0] if blank_row else v.cpu() for k, v in column.items()})
+        return columns
+
+    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probs of tokens 1.. of each sequence under the current policy."""
+        batch = self._to_device(from_sequences(sequences))
+        with torch.no_grad():
+            logprobs, _ = self.engine(batch, False)
+        return [row[1:].tolist() for row in logprobs.split(batch.row_starts.diff().tolist())]
+
+    # -- one optimizer step --------------------------------------------------------------------
+
+    def step(
+        self,
+        micro_batches: Sequence[TrainBatch],
+        loss_name: str,
+        coefs: Mapping[str, float],
+        learning_rate: float,
+    ) -> UpdateReport:
+        """Accumulate the gradients of a minibatch and apply them.
+
+        Raises LearnerError naming the metric when the loss or a gradient is not finite; nothing is applied then.
+        """
+        loss_fn, needs = self.losses[loss_name], self.needs[loss_name]
+        totals: dict[str, Tensor] = {}
+        for i, micro_batch in enumerate(micro_batches):
+            self.engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
+            batch = self._to_device(micro_batch)
+            logprobs, entropy = self.engine(batch, "entropy" in needs)
+            if "old_logprobs" in needs and batch.old_logprobs is None:
+                # One optimizer step consumes the whole batch: the old policy is the current one.
+                batch = replace(batch, old_logprobs=logprobs.detach())
+            result = loss_fn(PolicyOutput(logprobs, entropy), batch, coefs)
+            self.engine.backward(result.loss * self.rank.world_size, scale_wrt_gas=False)
+            measured = {"loss": result.loss.detach(), **result.metrics, **self._diagnostics(batch)}
+            for name, value in measured.items():
+                totals[name] = totals.get(name, 0) + value.detach().double()
+        metrics = self._sum_over_ranks(totals)
+        bad = [name for name, value in metrics.items() if value != value or abs(value) == float("inf")]
+        if bad:
+            raise LearnerError(
+                f"update {loss_name!r}: {', '.join(bad)} not finite; the step was not applied. "
+                "Look at the batch with `plait plan`, lower learner.learning_rate, or clip the ratio"
+            )
+        grad_norm = self._apply(learning_rate)
+        return UpdateReport(loss_name, grad_norm, derived_metrics(metrics), learning_rate)
+
+    def _diagnostics(self, batch: TrainBatch) -> dict[str, Tensor]:
+        """Sums over this micro-batch that `derived_metrics` turns into metrics once they are added over ranks.
+
+        Gradients are those of the last hidden states, so they come for free and separate by who wrote the predicted token.
+        """
+        zero = torch.zeros((), device=self.device, dtype=torch.float64)
+        sums = dict.fromkeys(("grad_sq_policy", "grad_sq_expert", "gap_sum", "gap_tokens"), zero)
+        targets = batch.trained.nonzero().squeeze(-1)
+        grads = self.engine.module.hidden_grads
+        if grads and len(targets):
+            squares = grads[-1].double().pow(2).sum(-1)
+            source = batch.source[targets]
+            sums["grad_sq_policy"] = squares[source == Source.POLICY].sum()
+            sums["grad_sq_expert"] = squares[source == Source.EXPERT].sum()
+        grads.clear()
+        if batch.old_logprobs is not None:
+            known = batch.is_trained(Source.POLICY) & batch.rollout_logprobs.isfinite()
+            gap = (batch.old_logprobs - batch.rollout_logprobs)[known].abs().double()
+            sums["gap_sum"], sums["gap_tokens"] = gap.sum(), known.sum().double()
+        return sums
+
+    def _apply(self, learning_rate: float) -> float:
+        """Optimizer step; returns the gradient norm before clipping."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm = None
+        if clips_itself(self.config):
+            norm = torch.nn.utils.clip_grad_norm_(
+                self.engine.module.parameters(), self.config.max_grad_norm
+            )
+        self.engine.step()
+        if norm is None:
+            norm = self.engine.get_global_grad_norm()
+        if norm is None:
+            raise LearnerError("DeepSpeed reported no gradient norm; its version is not supported")
+        return float(norm)
+
+    def _sum_over_ranks(self, totals: Mapping[str, Tensor]) -> dict[str, float]:
+        names = sorted(totals)
+        values = torch.stack([totals[name] for name in names])
+        if self.rank.world_size > 1:
+            torch.distributed.all_reduce(values)
+        return dict(zip(names, values.tolist(), strict=True))
+
+    def _to_device(self, batch: TrainBatch) -> TrainBatch:
+        batch = batch if batch.num_rows else blank(batch)
+        if self.device.type == "cpu":
+            return batch
+        moved = {
+            name: value.to(self.device, non_blocking=True)
+            for name in batch.__slots__
+            if isinstance(value := getattr(batch, name), Tensor)
+        }
+        return replace(batch, **moved)
+
+    # -- weights and checkpoints ---------------------------------------------------------------
+
+    def connect(self, backend: str, receivers: Sequence[Any]) -> None:
+        """Open the way to the rollout workers; `receivers` are handles with vLLM's weight-update methods."""
+        from .model import full_weights
+        from .weight_sync import make_sender
+
+        model, stage = self.engine.module.model, self.config.zero_stage
+        self.sender = make_sender(
+            backend, receivers, lambda: full_weights(model, stage), rank=self.rank.index
+        )
+
+    def send_weights(self, version: int) -> dict[str, str]:
+        """Deliver the weights (every rank takes part); rank 0 returns the checksum of each parameter."""
+        if self.sender is None:
+            raise LearnerError("send_weights before connect: the learner knows no receivers")
+        return self.sender.send(version)
+
+    def save(self, folder: str) -> None:
+        self.engine.save_checkpoint(folder, tag=CHECKPOINT_TAG, save_latest=False)
+
+    def load(self, folder: str) -> None:
+        path, _ = self.engine.load_checkpoint(folder, tag=CHECKPOINT_TAG)
+        if path is None:
+            raise CheckpointError(f"{folder}: DeepSpeed found no complete learner state there")
+
+    def export(self, folder: str) -> None:
+        """Write config, tokenizer and safetensors; adapters are merged."""
+        from transformers import AutoTokenizer
+
+        from .model import full_weights
+
+        model = self.engine.module.model
+        # The generator gathers shards, so every rank walks it; only rank 0 keeps what it yields.
+        state = {
+            name: weight.to("cpu", copy=True)
+            for name, weight in full_weights(model, self.config.zero_stage)
+            if self.rank.index == 0
+        }
+        if self.rank.index == 0:
+            base = type(model)(model.config) if self.config.lora else model
+            base.save_pretrained(folder, state_dict=state)
+            AutoTokenizer.from_pretrained(self.model_path).save_pretrained(folder)
+
+    def close(self) -> None:
+        if self.sender is not None:
+            self.sender.close()
+
+
+def make_optimizer(policy: torch.nn.Module, config: LearnerConfig) -> torch.optim.Optimizer:
+    """AdamW; weight decay on matrices only."""
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    options: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": config.betas,
+        "eps": config.adam_epsilon,
+    }
+    if config.offload_optimizer:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+    return torch.optim.AdamW(groups, fused=True, **options)
+
+
+def derived_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Replace the learner's sums by `expert_gradient_share` = |g_expert| / (|g_expert| + |g_policy|) and
+    `sampler_gap`, the mean |log p_learner - log p_sampler| over policy tokens. Absent where there is nothing to compare.
+    """
+    kept = dict(metrics)
+    policy, expert = kept.pop("grad_sq_policy") ** 0.5, kept.pop("grad_sq_expert") ** 0.5
+    gap_sum, gap_tokens = kept.pop("gap_sum"), kept.pop("gap_tokens")
+    if policy + expert > 0:
+        kept["expert_gradient_share"] = expert / (policy + expert)
+    if gap_tokens > 0:
+        kept["sampler_gap"] = gap_sum / gap_tokens
+    return kept
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

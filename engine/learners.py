@@ -1,0 +1,233 @@
+"""All learner ranks behind one door: cut the batch, hand each rank its part, put the answers together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+
+from .batch import count, partition, select, split_minibatches
+from .config import LearnerConfig
+from .contracts import LossFn, Need
+from .errors import LearnerError
+from .learner import LearnerWorker, Rank, free_port, learning_rate
+from .types import Source, TrainBatch, Update, UpdateReport
+
+
+class Ranks(Protocol):
+    """Calls a method of every learner worker, each with its own arguments."""
+
+    world_size: int
+
+    def call(self, method: str, per_rank: Sequence[tuple[Any, ...]]) -> list[Any]: ...
+
+    def close(self) -> None: ...
+
+
+class InProcessRank:
+    """One rank in this process: tests, profiling, `plait check loss`."""
+
+    world_size = 1
+
+    def __init__(self, worker: LearnerWorker) -> None:
+        self.worker = worker
+
+    def call(self, method: str, per_rank: Sequence[tuple[Any, ...]]) -> list[Any]:
+        return [getattr(self.worker, method)(*per_rank[0])]
+
+    def close(self) -> None:
+        self.worker.close()
+
+
+class RayRanks:
+    """One Ray actor a rank. Rank 0's node hosts the rendezvous."""
+
+    def __init__(
+        self,
+        model_path: str,
+        config: LearnerConfig,
+        losses: Mapping[str, LossFn],
+        needs: Mapping[str, frozenset[Need]],
+        env: Mapping[str, str],
+    ) -> None:
+        import ray
+
+        self.world_size = config.num_workers
+        self.timeout = config.timeout_seconds
+        options = {
+            "num_cpus": 0,
+            "num_gpus": 1 if config.device == "cuda" else 0,
+            "runtime_env": {"env_vars": {**env, "OMP_NUM_THREADS": str(config.num_cpus)}},
+        }
+        actor = ray.remote(RemoteLearner)
+        self.workers = [actor.options(**options).remote() for _ in range(self.world_size)]
+        address, port = self._get([self.workers[0].rendezvous.remote()])[0]
+        self._get(
+            [
+                worker.start.remote(
+                    model_path, config, losses, needs, Rank(i, self.world_size, address, port)
+                )
+                for i, worker in enumerate(self.workers)
+            ]
+        )
+
+    def call(self, method: str, per_rank: Sequence[tuple[Any, ...]]) -> list[Any]:
+        return self._get(
+            [
+                worker.call.remote(method, *args)
+                for worker, args in zip(self.workers, per_rank, strict=True)
+            ]
+        )
+
+    def _get(self, refs: list[Any]) -> list[Any]:
+        """Wait for all ranks; the first failure is raised at once, with its own type and message."""
+        import ray
+
+        pending = list(refs)
+        while pending:
+            done, pending = ray.wait(pending, num_returns=1, timeout=self.timeout)
+            if not done:
+                raise LearnerError(
+                    f"{len(pending)} of {len(refs)} learner ranks did not answer within "
+                    f"learner.timeout_seconds = {self.timeout:.0f}"
+                )
+            try:
+                ray.get(done)
+            except ray.exceptions.RayActorError as error:
+                raise LearnerError(f"learner rank {refs.index(done[0])} died: {error}") from error
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None
+        return ray.get(refs)
+
+    def close(self) -> None:
+        import ray
+
+        try:
+            self.call("close", [()] * self.world_size)
+        except LearnerError:
+            pass  # a dead rank has nothing left to close
+        finally:
+            for worker in self.workers:
+                ray.kill(worker)
+
+
+class RemoteLearner:
+    """Ray's side of a LearnerWorker: constructed empty, so that rank 0 can name a free port on its node first."""
+
+    def __init__(self) -> None:
+        self.worker: LearnerWorker | None = None
+
+    def rendezvous(self) -> tuple[str, int]:
+        import ray
+
+        return ray.util.get_node_ip_address(), free_port()
+
+    def start(self, *args: Any) -> None:
+        self.worker = LearnerWorker(*args)
+
+    def call(self, method: str, *args: Any) -> Any:
+        if self.worker is None:
+            raise LearnerError(f"{method} before start")
+        return getattr(self.worker, method)(*args)
+
+
+class LearnerGroup:
+    """Implements contracts.Learners over any Ranks."""
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        config: LearnerConfig,
+        needs: Mapping[str, frozenset[Need]],
+        *,
+        total_steps: int,
+        seed: int,
+        weight_sync: str = "shared_memory",
+    ) -> None:
+        self.ranks, self.config, self.needs = ranks, config, needs
+        self.total_steps, self.seed, self.weight_sync = total_steps, seed, weight_sync
+
+    def annotate(self, batch: TrainBatch, needs: frozenset[Need], *, single: bool) -> TrainBatch:
+        """Fill old_logprobs, old_entropy and ref_logprobs where `needs` names them.
+
+        With `single` (one optimizer step takes the whole batch) old log-probs are the current ones, so no pass is run
+        for them alone.
+        """
+        wanted = needs & {"old_logprobs", "old_entropy", "ref_logprobs"}
+        if single and "old_entropy" not in wanted:
+            wanted -= {"old_logprobs"}
+        if not wanted or batch.num_rows == 0:
+            return batch
+        parts = self._parts(batch)
+        answers = self.ranks.call(
+            "annotate", [([select(batch, rows) for rows in plan], wanted) for plan in parts]
+        )
+        columns: dict[str, torch.Tensor] = {}
+        for plan, answer in zip(parts, answers, strict=True):
+            for rows, column in zip(plan, answer, strict=True):
+                spans = [torch.arange(*batch.row_starts[row : row + 2].tolist()) for row in rows]
+                if not spans:
+                    continue
+                for name, values in column.items():
+                    target = columns.setdefault(name, torch.zeros(batch.num_tokens))
+                    target[torch.cat(spans)] = values
+        return replace(batch, **{k: v.to(batch.advantages.dtype) for k, v in columns.items()})
+
+    def update(self, batch: TrainBatch, update: Update, *, step: int) -> list[UpdateReport]:
+        """Minibatches x epochs optimizer steps over an annotated batch; no rows, no step."""
+        if batch.denom.tokens == 0:
+            return []
+        rate = learning_rate(self.config, step, self.total_steps)
+        reports = []
+        for epoch in range(update.epochs):
+            seed = hash((self.seed, step, epoch)) & 0xFFFFFFFF
+            for rows in split_minibatches(batch, update.minibatches, seed):
+                minibatch = select(batch, rows)
+                minibatch = replace(minibatch, denom=count(minibatch))
+                if minibatch.denom.tokens:
+                    reports.append(self._step(minibatch, update, rate))
+        return reports
+
+    def _step(self, minibatch: TrainBatch, update: Update, rate: float) -> UpdateReport:
+        report = self.ranks.call(
+            "step",
+            [
+                ([select(minibatch, rows) for rows in plan], update.loss, update.coefs, rate)
+                for plan in self._parts(minibatch)
+            ],
+        )[0]
+        tokens = {
+            "policy": int(minibatch.is_trained(Source.POLICY).sum()),
+            "expert": int(minibatch.is_trained(Source.EXPERT).sum()),
+            "computed": minibatch.num_tokens,
+        }
+        return replace(report, tokens=tokens, metrics={**report.metrics, **update.coefs})
+
+    def _parts(self, batch: TrainBatch) -> list[list[list[int]]]:
+        return partition(batch, self.ranks.world_size, self.config.max_tokens_per_micro_batch)
+
+    def _all(self, method: str, *args: Any) -> list[Any]:
+        return self.ranks.call(method, [args] * self.ranks.world_size)
+
+    def connect(self, receivers: Sequence[Any]) -> None:
+        self._all("connect", self.weight_sync, list(receivers))
+
+    def send_weights(self, version: int) -> Mapping[str, str]:
+        return self._all("send_weights", version)[0]
+
+    def logprobs(self, sequences: Sequence[Sequence[int]]) -> Sequence[Sequence[float]]:
+        return self._all("logprobs", sequences)[0]
+
+    def save(self, folder: str) -> None:
+        self._all("save", folder)
+
+    def load(self, folder: str) -> None:
+        self._all("load", folder)
+
+    def export(self, folder: str) -> None:
+        self._all("export", folder)
+
+    def close(self) -> None:
+        self.ranks.close()

@@ -1,0 +1,139 @@
+"""The training loop, read in one go.
+
+restore -> publish weights -> repeat { data -> plan -> rollout -> score -> assemble -> for each update: collate, annotate,
+finish, update, observe -> publish weights -> log, evaluate, checkpoint }.
+
+It knows no algorithm, no Ray and no vLLM: everything comes through the Protocols of contracts.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .batch import collate
+from .checkpoint import Checkpoints, RunState
+from .config import EvalConfig, LoopConfig
+from .contracts import Algorithm, DataSource, Learners, RolloutPool, Scorer
+from .metrics import EvalResult, RunLog, evaluate_groups, step_metrics
+from .types import RolloutRequest, Sampling, Update, UpdateReport
+from .weight_sync import prove_sync
+
+if TYPE_CHECKING:
+    from .types import RolloutGroup
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything a run is made of, composed by `launch`."""
+
+    algorithm: Algorithm
+    data: DataSource
+    rollouts: RolloutPool
+    scorer: Scorer
+    learners: Learners
+    checkpoints: Checkpoints
+    log: RunLog
+    probes: Sequence[Sequence[int]]
+    """Token sequences whose log-probs prove each weight sync."""
+    probe_dtype: str = "float32"
+    """The coarser of the learner's and the sampler's dtypes: how closely the probes must agree."""
+
+
+def train(config: LoopConfig, evaluation: EvalConfig, sampling: Sampling, parts: Parts) -> RunState:
+    """Run to `config.steps` completed steps, from the last checkpoint where there is one."""
+    algorithm, data, log = parts.algorithm, parts.data, parts.log
+    state = parts.checkpoints.restore(algorithm, data, parts.learners)
+    log.begin(state, config.steps)
+    parts.learners.connect(parts.rollouts.receivers())
+    publish(parts, state)
+    if state.step == 0 and evaluation.num_prompts:
+        state.eval_before = evaluate(parts, evaluation, sampling, state)
+
+    while state.step < config.steps:
+        step = state.step  # completed steps: what schedules and seeds depend on
+
+        # 1. What to do: prompts, prefixes, demonstrations.
+        prompts = data.take(config.prompts_per_step)
+        experts = data.take_experts(algorithm.expert_rows_per_step)
+        plan = algorithm.plan(prompts, experts, step)
+
+        # 2. Experience, scored while it streams in. A supervised step has no requests.
+        groups: Sequence[RolloutGroup] = ()
+        if plan.requests:
+            with log.phase("rollout"):
+                stream = parts.rollouts.generate(plan.requests, step=step)
+                groups = parts.scorer.score(plan.requests, log.watch(stream, plan.requests))
+
+        # 3. Learning signal: rows with source, advantage and weight per token.
+        updates = algorithm.assemble(plan, groups, step)
+
+        # 4. One or several optimizer phases: RL, SFT, or both.
+        reports: list[UpdateReport] = []
+        for update in updates:
+            with log.phase("update"):
+                reports += apply_update(parts, update, step)
+
+        # 5. Samplers follow the learner.
+        state.advance(reports)
+        if reports:
+            publish(parts, state)
+        log.step(state, groups, step_metrics(state, plan, groups, updates, reports, algorithm.metrics()))
+
+        last = state.step == config.steps
+        if evaluation.num_prompts and (last or due(state.step, evaluation.every)):
+            state.eval_after = evaluate(parts, evaluation, sampling, state)
+        if last or due(state.step, parts.checkpoints.every):
+            with log.phase("checkpoint"):
+                parts.checkpoints.save(state, algorithm, data, parts.learners)
+    return state
+
+
+def apply_update(parts: Parts, update: Update, step: int) -> list[UpdateReport]:
+    """Collate, annotate, finish, train: one optimizer phase of minibatches x epochs steps."""
+    needs = parts.algorithm.needs[update.loss]
+    single = update.minibatches * update.epochs == 1
+    batch = parts.learners.annotate(collate(update.samples), needs, single=single)
+    reports = list(parts.learners.update(parts.algorithm.finish(batch), update, step=step))
+    for report in reports:
+        parts.algorithm.observe(report)
+    return reports
+
+
+def publish(parts: Parts, state: RunState) -> None:
+    """Send the learner's weights to every sampler and prove that they are what is served."""
+    with parts.log.phase("sync"):
+        checksums = parts.learners.send_weights(state.policy_version)
+        proof = prove_sync(
+            parts.learners,
+            parts.rollouts,
+            version=state.policy_version,
+            checksums=checksums,
+            probes=parts.probes,
+            dtype=parts.probe_dtype,
+        )
+    state.syncs_proved += 1
+    parts.log.synced(proof)
+
+
+def evaluate(
+    parts: Parts, config: EvalConfig, sampling: Sampling, state: RunState
+) -> EvalResult:
+    """Score the held-out prompts with the current policy."""
+    limit = config.max_response_length or sampling.max_tokens
+    greedy = Sampling(max_tokens=limit, temperature=config.temperature)
+    requests = [
+        RolloutRequest(prompt, config.rollouts_per_prompt, greedy)
+        for prompt in parts.data.eval_prompts
+    ]
+    with parts.log.phase("eval"):
+        stream = parts.rollouts.generate(requests, step=state.step)
+        groups = parts.scorer.score(requests, parts.log.watch(stream, requests))
+    result = evaluate_groups(groups)
+    parts.log.evaluated(state, groups, result)
+    return result
+
+
+def due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,271 @@
+"""What a run says about itself: step metrics, evaluation results, and the files of the run folder.
+
+Names are documented in docs/metrics.md. A number that does not exist is absent, never 0.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .types import Rollout, RolloutGroup, RolloutRequest, StepPlan, Update, UpdateReport
+
+if TYPE_CHECKING:
+    from .checkpoint import RunState
+
+SUCCESS = 1.0
+"""Reward from which a rollout counts as correct in accuracy metrics."""
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Accuracy over scored rollouts; UNKNOWN ones are counted beside, not in it."""
+
+    accuracy: float
+    low: float
+    high: float
+    """Wilson 95 % interval of the accuracy."""
+    mean_reward: float
+    num_prompts: int
+    num_scored: int
+    num_unknown: int
+    mean_response_length: float
+
+
+def evaluate_groups(groups: Sequence[RolloutGroup]) -> EvalResult:
+    rewards = [reward for group in groups for reward in group.rewards]
+    total = sum(len(group.scores) for group in groups)
+    if not rewards:
+        raise ValueError(f"evaluation has no known score: all {total} are UNKNOWN")
+    correct = sum(reward >= SUCCESS for reward in rewards)
+    low, high = wilson_interval(correct, len(rewards))
+    lengths = [len(rollout.token_ids) for group in groups for rollout in group.rollouts]
+    return EvalResult(
+        accuracy=correct / len(rewards),
+        low=low,
+        high=high,
+        mean_reward=fmean(rewards),
+        num_prompts=len(groups),
+        num_scored=len(rewards),
+        num_unknown=total - len(rewards),
+        mean_response_length=fmean(lengths),
+    )
+
+
+def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson, 1927)."""
+    p = successes / n
+    center = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def step_metrics(
+    state: RunState,
+    plan: StepPlan,
+    groups: Sequence[RolloutGroup],
+    updates: Sequence[Update],
+    reports: Sequence[UpdateReport],
+    algorithm: Mapping[str, float],
+) -> dict[str, float]:
+    """All numbers of one step, by the names of docs/metrics.md."""
+    metrics: dict[str, float] = {
+        "policy_version": state.policy_version,
+        "rows/expert": len(plan.experts),
+        **{f"algorithm/{name}": value for name, value in algorithm.items()},
+    }
+    if groups:
+        metrics |= rollout_metrics(groups)
+    samples = [sample for update in updates for sample in update.samples]
+    versions = [s.policy_version for s in samples if s.policy_version is not None]
+    if versions:
+        # Rows were sampled before this step's update, under at most the version before the current one.
+        metrics["staleness/max"] = state.policy_version - int(bool(reports)) - min(versions)
+    metrics["rows/trained"] = sum(bool((s.weights[s.source > 0] != 0).any()) for s in samples)
+    metrics |= report_metrics(reports)
+    return metrics
+
+
+def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    rewards = [reward for group in groups for reward in group.rewards]
+    metrics: dict[str, float] = {
+        "rollouts/count": len(rollouts),
+        "rollouts/length": fmean(len(r.token_ids) - r.prefix_len for r in rollouts),
+        "rollouts/truncated": fmean(r.finish_reason == "length" for r in rollouts),
+        "tokens/generated": sum(len(r.token_ids) - r.prefix_len for r in rollouts),
+        "reward/unknown": len(rollouts) - len(rewards),
+    }
+    if rewards:
+        scored = [group.rewards for group in groups if group.rewards]
+        metrics |= {
+            "reward/mean": fmean(rewards),
+            "reward/std": pstdev(rewards),
+            "groups/all_correct": fmean(min(r) >= SUCCESS for r in scored),
+            "groups/all_wrong": fmean(max(r) < SUCCESS for r in scored),
+            "groups/uniform": fmean(max(r) == min(r) for r in scored),
+        }
+    parts: dict[str, list[float]] = {}
+    for group in groups:
+        for score in group.scores:
+            for name, value in score.parts.items():
+                parts.setdefault(name, []).append(value)
+    return metrics | {f"reward/part/{name}": fmean(values) for name, values in parts.items()}
+
+
+def report_metrics(reports: Sequence[UpdateReport]) -> dict[str, float]:
+    """Tokens are sums over the step's optimizer steps; everything else is their mean, by loss."""
+    metrics: dict[str, float] = {}
+    for source in sorted({source for report in reports for source in report.tokens}):
+        metrics[f"tokens/{source}"] = sum(report.tokens.get(source, 0) for report in reports)
+    for loss in dict.fromkeys(report.loss_name for report in reports):
+        mine = [report for report in reports if report.loss_name == loss]
+        values = [
+            {**r.metrics, "grad_norm": r.grad_norm, "learning_rate": r.learning_rate} for r in mine
+        ]
+        metrics[f"{loss}/optimizer_steps"] = len(mine)
+        for name in sorted({name for value in values for name in value}):
+            metrics[f"{loss}/{name}"] = fmean(v[name] for v in values if name in v)
+    return metrics
+
+
+class Console(Protocol):
+    """What a person watches; launch/console.py draws it."""
+
+    def begin(self, step: int, steps: int) -> None: ...
+
+    def phase(self, name: str) -> None: ...
+
+    def progress(self, done: int, total: int) -> None: ...
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def say(self, message: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class RunLog:
+    """Writes metrics.jsonl, TensorBoard events and rollouts/*.jsonl of a run folder; keeps time by phase."""
+
+    def __init__(self, folder: Path, console: Console) -> None:
+        self.folder, self.console = folder, console
+        self.seconds: dict[str, float] = {}
+        self._step_seconds: dict[str, float] = {}
+        self._step_started = time.perf_counter()
+        self._board: Any = None
+        (folder / "rollouts").mkdir(parents=True, exist_ok=True)
+
+    def begin(self, state: RunState, steps: int) -> None:
+        """Continue after `state.step`: what an interrupted run wrote beyond it is removed."""
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        metrics = self.folder / "metrics.jsonl"
+        if metrics.exists():
+            lines = metrics.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line_step(line) <= state.step]
+            metrics.write_text("".join(kept))
+        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=state.step + 1)
+        self.seconds = dict(state.seconds)
+        self.console.begin(state.step, steps)
+        self._step_started = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase of the step and show that it is running."""
+        self.console.phase(name)
+        start = time.perf_counter()
+        yield
+        elapsed = time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
+        self._step_seconds[name] = self._step_seconds.get(name, 0.0) + elapsed
+
+    def watch(
+        self, rollouts: Iterable[Rollout], requests: Sequence[RolloutRequest]
+    ) -> Iterator[Rollout]:
+        """Pass rollouts through and count them for the console."""
+        total = sum(request.n for request in requests)
+        for done, rollout in enumerate(rollouts, start=1):
+            self.console.progress(done, total)
+            yield rollout
+
+    def step(
+        self, state: RunState, groups: Sequence[RolloutGroup], metrics: Mapping[str, float]
+    ) -> None:
+        """Write one finished step. Its time runs from the end of the previous one, evaluation left out."""
+        elapsed = time.perf_counter() - self._step_started
+        times = {f"time/{name}": seconds for name, seconds in self._step_seconds.items()}
+        row = {**metrics, **times, "time/step": elapsed}
+        if groups:
+            self._write_rollouts(f"step-{state.step:06d}.jsonl", groups)
+        self._write(state.step, row)
+        self.console.step(state.step, row)
+        state.seconds = dict(self.seconds)
+        self._step_seconds = {}
+        self._step_started = time.perf_counter()
+
+    def evaluated(
+        self, state: RunState, groups: Sequence[RolloutGroup], result: EvalResult
+    ) -> None:
+        self._write_rollouts(f"eval-{state.step:06d}.jsonl", groups)
+        self._write(state.step, {f"eval/{name}": value for name, value in asdict(result).items()})
+        self.console.say(
+            f"eval after {state.step} steps: accuracy {result.accuracy:.3f} "
+            f"[{result.low:.3f}, {result.high:.3f}] on {result.num_scored} scored, "
+            f"{result.num_unknown} unknown"
+        )
+        state.seconds = dict(self.seconds)
+        self._step_seconds.pop("eval", None)
+        self._step_started = time.perf_counter()
+
+    def synced(self, proof: Any) -> None:
+        self.console.say(f"weights proved: {proof}") if proof.version == 0 else None
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+        self.console.close()
+
+    def _write(self, step: int, row: Mapping[str, float]) -> None:
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **row}) + "\n")
+        for name, value in row.items():
+            self._board.add_scalar(name, value, step)
+        self._board.flush()
+
+    def _write_rollouts(self, name: str, groups: Sequence[RolloutGroup]) -> None:
+        with (self.folder / "rollouts" / name).open("w") as file:
+            for group in groups:
+                for rollout, score in zip(group.rollouts, group.scores, strict=True):
+                    row = {
+                        "prompt_id": rollout.prompt_id,
+                        "index": rollout.index,
+                        "policy_version": rollout.policy_version,
+                        "finish_reason": rollout.finish_reason,
+                        "prefix_len": rollout.prefix_len,
+                        "length": len(rollout.token_ids),
+                        "messages": [dict(m) for m in group.prompt.messages],
+                        "answer": group.prompt.answer,
+                        "text": rollout.text,
+                        "status": score.status.value,
+                        "reward": score.reward,
+                        "parts": dict(score.parts),
+                        "reason": score.reason,
+                    }
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def line_step(line: str) -> int:
+    """Step of one metrics line; a line torn by a crash counts as beyond every step."""
+    try:
+        return int(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError):
+        return 2**62
+
+

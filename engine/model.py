@@ -1,0 +1,209 @@
+"""A causal language model from transformers, seen as a function from rows to log-probs of their tokens.
+
+The LM head runs only on positions whose next token is trained, in chunks that are recomputed in the backward pass:
+logits of a whole micro-batch never exist at once. Softmax and everything after it is float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM
+
+from .attention import SEGMENTS
+from .config import LearnerConfig
+from .errors import LearnerError
+from .types import TrainBatch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+UNSUPPORTED_SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier")
+
+
+def token_statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-prob of each target and entropy of each distribution: logits [n, V], targets [n] -> two [n].
+
+    float32 for half-precision logits, float64 for float64 ones.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    log_normalizer = logits.logsumexp(-1)
+    logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - log_normalizer
+    return logprobs, entropy_of(logits, log_normalizer)
+
+
+def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
+    """As token_statistics, without the entropy."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def entropy_of(logits: Tensor, log_normalizer: Tensor) -> Tensor:
+    """-sum p log p over the vocabulary: [n, V], [n] -> [n]; with gradient."""
+    probabilities = (logits - log_normalizer[:, None]).exp()
+    return log_normalizer - (probabilities * logits).sum(-1)
+
+
+class PolicyModel(nn.Module):
+    """Token log-probs (and entropies) of packed rows.
+
+    `forward` returns plain tensors because DeepSpeed hooks look for them in the output.
+    """
+
+    def __init__(self, model: nn.Module, *, packing: bool, logit_chunk_tokens: int) -> None:
+        super().__init__()
+        self.model = model
+        self.packing = packing
+        self.logit_chunk_tokens = logit_chunk_tokens
+        config: Any = model.config
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        for name in UNSUPPORTED_SCALES:
+            if getattr(config, name, 1.0) not in (None, 1, 1.0):
+                raise LearnerError(
+                    f"model type {config.model_type!r} scales its logits by {name} = "
+                    f"{getattr(config, name)}, which plait's LM head does not reproduce"
+                )
+        self.hidden_grads: list[Tensor] = []
+
+    def forward(self, batch: TrainBatch, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+        """float32 [T] each, 0 on tokens that are not trained. At least one position always goes through the head."""
+        targets = batch.trained.nonzero().squeeze(-1)
+        if len(targets) == 0:
+            targets = torch.ones(1, dtype=torch.long, device=batch.input_ids.device)
+        hidden = self.hidden_states(batch)[targets - 1]
+        if hidden.requires_grad:
+            hidden.register_hook(self._keep_hidden_grad)
+        tokens = batch.input_ids[targets]
+        logprobs, entropies = [], []
+        chunks = zip(
+            hidden.split(self.logit_chunk_tokens),
+            tokens.split(self.logit_chunk_tokens),
+            strict=True,
+        )
+        for hidden_chunk, token_chunk in chunks:
+            if torch.is_grad_enabled():
+                result = checkpoint(
+                    self._head, hidden_chunk, token_chunk, with_entropy, use_reentrant=False
+                )
+            else:
+                result = self._head(hidden_chunk, token_chunk, with_entropy)
+            logprobs.append(result[0])
+            entropies.append(result[1])
+
+        def spread(values: list[Tensor]) -> Tensor:
+            flat = torch.cat(values)
+            return flat.new_zeros(batch.num_tokens).index_copy(0, targets, flat)
+
+        return spread(logprobs), spread(entropies) if with_entropy else None
+
+    def hidden_states(self, batch: TrainBatch) -> Tensor:
+        """Last hidden state of every token: [T, hidden]."""
+        lengths = batch.row_starts.diff().tolist()
+        body = self.model.base_model
+        if self.packing:
+            implementation = self.model.config._attn_implementation
+            if implementation == SEGMENTS:
+                segments: dict[str, Any] = {"row_lengths": lengths}
+            else:
+                starts = batch.row_starts.to(torch.int32)
+                longest = max(lengths)
+                segments = {
+                    "cu_seq_lens_q": starts,
+                    "cu_seq_lens_k": starts,
+                    "max_length_q": longest,
+                    "max_length_k": longest,
+                }
+            output = body(
+                input_ids=batch.input_ids[None],
+                position_ids=batch.position_ids[None],
+                use_cache=False,
+                **segments,
+            )
+            return output.last_hidden_state[0]
+        rows = batch.input_ids.split(lengths)
+        padded = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+        columns = torch.arange(padded.shape[1], device=padded.device)
+        mask = columns[None] < batch.row_starts.diff()[:, None]
+        output = body(
+            input_ids=padded,
+            attention_mask=mask.long(),
+            position_ids=columns[None].expand_as(padded),
+            use_cache=False,
+        )
+        return output.last_hidden_state[mask]
+
+    def _head(self, hidden: Tensor, tokens: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor]:
+        logits = self.model.get_output_embeddings()(hidden)
+        if self.softcap is not None:
+            logits = torch.tanh(logits.float() / self.softcap) * self.softcap
+        if with_entropy:
+            return token_statistics(logits, tokens)
+        logprobs = token_logprobs(logits, tokens)
+        return logprobs, logprobs
+
+    def _keep_hidden_grad(self, grad: Tensor) -> None:
+        self.hidden_grads.append(grad)
+
+
+def load_model(path: str, config: LearnerConfig) -> nn.Module:
+    """The causal LM at `path`, in the learner's dtype, dropout off, with adapters where the recipe asks for them."""
+    attention = attention_implementation(config)
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=DTYPES[config.dtype], attn_implementation=attention
+    )
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    if config.lora is not None:
+        import peft
+
+        adapters = peft.LoraConfig(
+            r=config.lora.rank,
+            lora_alpha=config.lora.alpha,
+            target_modules=config.lora.target_modules,
+            lora_dropout=0.0,
+            task_type="CAUSAL_LM",
+        )
+        model = peft.get_peft_model(model, adapters).get_base_model()
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    return model
+
+
+def attention_implementation(config: LearnerConfig) -> str:
+    """Name under which transformers finds the attention function."""
+    if not config.packing:
+        return "sdpa"
+    if config.attention != "auto":
+        return SEGMENTS if config.attention == "segments" else config.attention
+    return "flash_attention_2" if config.device == "cuda" else SEGMENTS
+
+
+def full_weights(model: nn.Module, zero_stage: int) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, full detached tensor) of every weight, adapters merged. Collective under ZeRO-3."""
+    import deepspeed
+
+    def gathered(*parameters: Tensor):
+        return deepspeed.zero.GatheredParameters(list(parameters), enabled=zero_stage == 3)
+
+    merges = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "get_delta_weight") and "default" in getattr(module, "lora_A", {}):
+            merges[f"{name}.base_layer.weight"] = module
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        module = merges.get(name)
+        adapters = list(module.parameters()) if module is not None else [parameter]
+        with torch.no_grad(), gathered(*adapters):
+            weight = parameter.detach()
+            if module is not None:
+                weight = weight + module.get_delta_weight("default").to(weight.dtype)
+            # Under ZeRO-3 the gathered data is released when the context ends.
+            weight = weight.clone() if zero_stage == 3 else weight
+        yield name.replace(".base_layer.", "."), weight

@@ -1,0 +1,252 @@
+"""`plait check golden`: recompute reference numbers with the functions that train, in float64.
+
+Format: JSON `{"schema": 1, "cases": [...]}`; kinds loss, advantage, schedule and trace. A loss case is one minibatch whose
+logits are given, so everything between sampled text and gradient is exercised except the model itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from ..algorithms import AlgorithmBase, Setup, resolve
+from ..algorithms.advantages import uniform_groups
+from ..engine.batch import collate, select
+from ..engine.errors import ConfigError, DataError
+from ..engine.model import token_statistics
+from ..engine.types import PolicyOutput, Sample, Sampling, Source, TrainBatch
+
+SCHEMA = 1
+TOLERANCE = 1e-6
+COLUMNS = ("old_logprobs", "ref_logprobs", "values", "returns", "old_entropy")
+Case = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """One line of the report; `problem` says what is missing or unknown."""
+
+    algorithm: str
+    variant: str
+    name: str
+    kind: str
+    max_abs_err: float
+    ok: bool
+    problem: str = ""
+
+    def __str__(self) -> str:
+        verdict = "ok" if self.ok else f"FAIL {self.problem}".rstrip()
+        fields = (self.algorithm, self.variant, self.name, self.kind, f"{self.max_abs_err:.3g}", verdict)
+        return " ".join(fields)
+
+
+class CaseError(ValueError):
+    """The case names something unknown, or an expected key was not produced."""
+
+
+def check_file(path: Path, algorithms: Sequence[str] | None = None) -> Iterator[CaseResult]:
+    """Check every case of a file (of the named algorithms only). Raises DataError if it is no golden file."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path}: not a golden file: {error}") from error
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        raise DataError(f'{path}: not a golden file: expected {{"schema": {SCHEMA}, "cases": [...]}}')
+    for case in content["cases"]:
+        if algorithms is None or case["algorithm"] in algorithms:
+            yield check_case(case)
+
+
+def check_case(case: Case) -> CaseResult:
+    """Compute one case and compare every expected number."""
+    error, problem = float("inf"), ""
+    try:
+        produced = KINDS[case["kind"]](case) if case["kind"] in KINDS else None
+        if produced is None:
+            raise CaseError(f"unknown kind {case['kind']!r}; known: {', '.join(KINDS)}")
+        tolerance = case.get("tolerance") or TOLERANCE
+        error, problem = compare(case["expect"], produced, tolerance, "")
+    except (CaseError, ConfigError, ValidationError, KeyError) as failure:
+        lines = f"{type(failure).__name__}: {failure}".splitlines()
+        problem = " ".join(line.strip() for line in lines)
+    return CaseResult(
+        case["algorithm"], case.get("variant", ""), case["name"], case["kind"], error, not problem, problem
+    )
+
+
+def compare(want: Any, got: Any, tolerance: float, path: str) -> tuple[float, str]:
+    """Largest absolute error and the first thing that is off; floats within tolerance x (1 + |want|), the rest exact."""
+    if isinstance(want, Mapping):
+        if not isinstance(got, Mapping):
+            return float("inf"), f"{path or 'result'}: expected a mapping, got {got!r}"
+        missing = [key for key in want if key not in got]
+        if missing:
+            return float("inf"), f"{path}{missing[0]}: not produced"
+        pairs = [(want[key], got[key], f"{path}{key}.") for key in want]
+    elif isinstance(want, list):
+        if not isinstance(got, Sequence) or isinstance(got, str) or len(got) != len(want):
+            return float("inf"), f"{path.rstrip('.')}: expected {len(want)} entries, got {got!r}"
+        pairs = [(w, g, f"{path}{i}.") for i, (w, g) in enumerate(zip(want, got, strict=True))]
+    else:
+        return compare_leaf(want, got, tolerance, path.rstrip("."))
+    worst, problem = 0.0, ""
+    for w, g, where in pairs:
+        error, found = compare(w, g, tolerance, where)
+        worst, problem = max(worst, error), problem or found
+    return worst, problem
+
+
+def compare_leaf(want: Any, got: Any, tolerance: float, path: str) -> tuple[float, str]:
+    numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in (want, got))
+    if numbers and (isinstance(want, float) or isinstance(got, float)):
+        error = abs(got - want)
+        ok = error <= tolerance * (1 + abs(want))
+        return (error, "") if ok else (error, f"{path}: expected {want!r}, got {got!r}")
+    same = want == got and isinstance(want, bool) == isinstance(got, bool)
+    return (0.0, "") if same else (float("inf"), f"{path}: expected {want!r}, got {got!r}")
+
+
+# -- kinds -------------------------------------------------------------------------------------
+
+
+def build(case: Case) -> AlgorithmBase:
+    """The case's algorithm with its config; what the config leaves out takes the algorithm's default."""
+    cls = resolve(case["algorithm"])
+    config = cls.Config.model_validate({"type": case["algorithm"], **case.get("config", {})})
+    return cls(config, Setup(Sampling(max_tokens=config.max_response_length)))
+
+
+def row_sample(row: Case) -> Sample:
+    """A golden row as a Sample: one CONTEXT token (nothing predicts a row's first token), then the response."""
+    response = row.get("response_ids") or []
+    n, prefix = len(response), row.get("prefix_len", 0)
+    kind = {"policy": Source.POLICY, "hybrid": Source.POLICY, "expert": Source.EXPERT}[row["source"]]
+    source = np.full(n + 1, kind, dtype=np.int8)
+    source[0] = Source.CONTEXT
+    source[1 : 1 + prefix] = Source.EXPERT
+    return Sample(
+        token_ids=np.asarray([0, *response], dtype=np.int32),
+        source=source,
+        advantages=np.zeros(n + 1),
+        weights=np.asarray([1.0, *(row.get("token_weights") or [1.0] * n)]),
+        rollout_logprobs=np.asarray([np.nan, *(row.get("rollout_logprobs") or [np.nan] * n)]),
+        group_id=row["group"],
+        reward=row.get("reward"),
+    )
+
+
+def run_loss(case: Case) -> dict[str, Any]:
+    """Credit, finish, loss and gradient of one minibatch, whole or in the case's micro-batches."""
+    algorithm = build(case)
+    rows, update = case["rows"], case.get("update") or "main"
+    if update not in algorithm.losses:
+        raise CaseError(f"{case['algorithm']} has no loss {update!r}; it has {list(algorithm.losses)}")
+    samples = algorithm.credit([row_sample(row) for row in rows])
+    batch = collate(samples, torch.float64)
+    batch = replace(batch, **{name: column(rows, name) for name in COLUMNS if has(rows, name)})
+    batch = algorithm.finish(batch)
+    coefs = {**algorithm.coefs(case.get("step") or 0), **(case.get("coefs") or {})}
+    logits = [torch.tensor(row["logits"], dtype=torch.float64, requires_grad=True) for row in rows]
+    # A batch without any token still has a graph to differentiate.
+    loss = sum((leaf.sum() * 0.0 for leaf in logits), torch.zeros((), dtype=torch.float64))
+    metrics = dict[str, Tensor]()
+    for part in case.get("micro_batches") or [list(range(len(rows)))]:
+        micro_batch = select(batch, part)
+        out = policy_output([logits[i] for i in part], micro_batch)
+        result = algorithm.losses[update](out, micro_batch, coefs)
+        loss = loss + result.loss
+        for name, value in result.metrics.items():
+            metrics[name] = metrics.get(name, torch.zeros(())) + value
+    loss.backward()
+    starts = batch.row_starts.tolist()
+    advantages = (batch.advantages * (batch.weights != 0)).tolist()
+    return {
+        "loss": loss.item(),
+        "grad_logits": [
+            (torch.zeros_like(leaf) if leaf.grad is None else leaf.grad).tolist() for leaf in logits
+        ],
+        "advantages": [advantages[starts[i] + 1 : starts[i + 1]] for i in range(len(rows))],
+        "metrics": {**{name: value.item() for name, value in metrics.items()}, **coefs},
+    }
+
+
+def policy_output(logits: Sequence[Tensor], batch: TrainBatch) -> PolicyOutput:
+    """What the model would return: float64 [T], 0 on the row's context token."""
+    columns = []
+    for i, leaf in enumerate(logits):
+        start, end = batch.row_starts[i : i + 2].tolist()
+        zero = leaf.new_zeros(1)
+        if end - start == 1:
+            columns.append((zero, zero))
+            continue
+        logprobs, entropy = token_statistics(leaf, batch.input_ids[start + 1 : end])
+        columns.append((torch.cat([zero, logprobs]), torch.cat([zero, entropy])))
+    logprobs, entropies = zip(*columns, strict=True)
+    trained = batch.trained
+    return PolicyOutput(
+        torch.cat(logprobs).where(trained, 0.0), torch.cat(entropies).where(trained, 0.0)
+    )
+
+
+def has(rows: Sequence[Case], name: str) -> bool:
+    return any(row.get(name) is not None for row in rows)
+
+
+def column(rows: Sequence[Case], name: str) -> Tensor:
+    """Per-token constants of all rows, NaN where a row has none."""
+    values: list[float] = []
+    for row in rows:
+        n = len(row.get("response_ids") or [])
+        values += [float("nan"), *(row.get(name) or [float("nan")] * n)]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def run_advantage(case: Case) -> dict[str, Any]:
+    """One advantage a row."""
+    algorithm = build(case)
+    samples = [row_sample({**row, "response_ids": [0]}) for row in case["rows"]]
+    return {"advantages": [float(s.advantages[-1]) for s in algorithm.credit(samples)]}
+
+
+def run_schedule(case: Case) -> dict[str, Any]:
+    algorithm = build(case)
+    names = list(case["expect"])
+    coefs = [algorithm.coefs(step) for step in case["steps"]]
+    unknown = [name for name in names if coefs and name not in coefs[0]]
+    if unknown:
+        raise CaseError(f"{case['algorithm']} schedules no {unknown[0]!r}; it has {list(coefs[0])}")
+    return {name: [values[name] for values in coefs] for name in names}
+
+
+def run_trace(case: Case) -> dict[str, Any]:
+    """Decisions over several steps, by the algorithm's own tracer."""
+    algorithm = build(case)
+    tracer = TRACES.get(case["algorithm"])
+    if tracer is None:
+        raise CaseError(f"{case['algorithm']} has no trace; known: {', '.join(TRACES)}")
+    return {"outputs": [tracer(algorithm, entry) for entry in case["inputs"]]}
+
+
+def trace_kept_groups(algorithm: Any, entry: Case) -> dict[str, Any]:
+    """Groups that stay when `drop_uniform_groups` removes those without signal."""
+    names = [name for name, _ in entry["rewards"]]
+    flat = [(reward, name) for name, rewards in entry["rewards"] for reward in rewards]
+    dropped = uniform_groups([r for r, _ in flat], [n for _, n in flat])
+    return {"kept": [n for n in names if not (algorithm.config.drop_uniform_groups and n in dropped)]}
+
+
+TRACES: dict[str, Callable[[Any, Case], dict[str, Any]]] = {"grpo": trace_kept_groups}
+KINDS: dict[str, Callable[[Case], dict[str, Any]]] = {
+    "loss": run_loss,
+    "advantage": run_advantage,
+    "schedule": run_schedule,
+    "trace": run_trace,
+}

