@@ -1,7 +1,7 @@
 """One file = one algorithm; shared pure maths beside them.
 
-To add one: write the file, then name it here. From outside the repository, `algorithm.type: my_module:MyMethod` does the
-same without touching it.
+To add one: write the file, then name it here. From outside the repository, `algorithm.type: my_module:MyMethod`
+does the same without touching it.
 """
 
 from importlib import import_module

@@ -37,29 +37,29 @@ class AlgorithmConfig(Section):
     """Base of every algorithm's config; `type` names it in the registry, or is `module:Class`."""
 
     type: str
-    max_response_length: int = Field(8192, ge=1)
+    max_response_length: int = Field(default=8192, ge=1)
     """Constant of the `constant` normalizer, and the length demonstrations are cut to."""
 
 
 class PolicyFields(AlgorithmConfig):
     """Fields of every algorithm with a policy surrogate."""
 
-    rollouts_per_prompt: int = Field(8, ge=1)
+    rollouts_per_prompt: int = Field(default=8, ge=1)
     """Rows of a group, injected expert rows included (G in papers)."""
     advantage: Estimator = "group_std"
-    advantage_epsilon: float = Field(1e-6, gt=0)
-    clip_low: float | None = Field(0.2, ge=0)
+    advantage_epsilon: float = Field(default=1e-6, gt=0)
+    clip_low: float | None = Field(default=0.2, ge=0)
     """null: no lower bound on the ratio."""
-    clip_high: float | None = Field(0.2, ge=0)
-    dual_clip: float | None = Field(None, gt=1)
+    clip_high: float | None = Field(default=0.2, ge=0)
+    dual_clip: float | None = Field(default=None, gt=1)
     ratio_level: Literal["token", "sequence"] = "token"
     normalizer: Normalizer = "tokens"
-    entropy_coef: float = Field(0.0, ge=0)
+    entropy_coef: float = Field(default=0.0, ge=0)
     entropy_scope: Literal["policy", "all"] = "policy"
     """policy: POLICY tokens; all: EXPERT tokens too."""
-    kl_coef: float = Field(0.0, ge=0)
+    kl_coef: float = Field(default=0.0, ge=0)
     kl_estimator: KlEstimator = "k3"
-    sampler_ratio_cap: float | None = Field(None, gt=0)
+    sampler_ratio_cap: float | None = Field(default=None, gt=0)
     """Cap of the truncated importance weight between sampler and learner; null: no correction."""
     drop_uniform_groups: bool = False
     """Groups whose scored rows all have the same reward leave the loss."""
@@ -175,6 +175,8 @@ class AlgorithmBase:
 
     Config: ClassVar[type[AlgorithmConfig]]
     expert_rows_per_step = 0
+    every_prompt_demonstrated: ClassVar[bool] = False
+    """True where each prompt's own demonstration trains, so data without one is refused."""
 
     def __init__(self, config: Any, setup: Setup) -> None:
         self.config = config

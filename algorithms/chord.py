@@ -1,7 +1,7 @@
 """CHORD: a supervised stream inside RL, weighted by a schedule or by token (arXiv 2508.11408).
 
-Objective: (1 - mu) x policy + mu x expert - entropy_coef x entropy + kl_coef x KL, policy and expert each divided by its
-own global token count.
+Objective: (1 - mu) x policy + mu x expert - entropy_coef x entropy + kl_coef x KL, policy and expert each divided by
+its own global token count.
 
     CHORD-mu    expert_loss nll, mu annealed from mu_peak to mu_valley (the default here)
     CHORD-phi   expert_loss phi (weight p (1 - p), at most 1/4), a small constant mu (the public code's default)
@@ -32,13 +32,13 @@ from .schedules import warmup_cosine
 
 class ChordConfig(PolicyFields, ExpertFields):
     type: Literal["chord"] = "chord"
-    mu_peak: float = Field(0.9, ge=0, le=1)
+    mu_peak: float = Field(default=0.9, ge=0, le=1)
     """Weight of the expert term after the warm-up; the policy term has 1 - mu."""
-    mu_valley: float = Field(0.05, ge=0, le=1)
-    mu_warmup_steps: int = Field(0, ge=0)
-    mu_decay_steps: int = Field(200, ge=0)
+    mu_valley: float = Field(default=0.05, ge=0, le=1)
+    mu_warmup_steps: int = Field(default=0, ge=0)
+    mu_decay_steps: int = Field(default=200, ge=0)
     """Loop steps of the cosine from mu_peak to mu_valley."""
-    expert_rows_per_step: int = Field(64, ge=1)
+    expert_rows_per_step: int = Field(default=64, ge=1)
     """Demonstrations beside the rollouts of each step."""
 
 

@@ -10,8 +10,8 @@ A preset is a row of values, not a field:
     rloo             advantage: leave_one_out, clips null, normalizer: constant       (arXiv 2402.14740)
     reinforce++      advantage: batch_std (or group_mean_batch_std), normalizer: tokens   (arXiv 2501.03262)
 
-Departs from the papers: KL is a component of its own in the loss, with the same tokens; rloo's sequence sum is divided by
-a constant length; reinforce++ standardizes rows, not tokens, and keeps its KL out of the reward.
+Departs from the papers: KL is a component of its own in the loss, with the same tokens; rloo's sequence sum is divided
+by a constant length; reinforce++ standardizes rows, not tokens, and keeps its KL out of the reward.
 """
 
 from __future__ import annotations

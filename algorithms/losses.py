@@ -114,7 +114,7 @@ def sampler_correction(batch: TrainBatch, cap: float) -> Tensor:
 def policy_component(
     out: PolicyOutput, batch: TrainBatch, config: Surrogate, members: Members | None = None
 ) -> tuple[Tensor, Metrics]:
-    """Clipped surrogate (PPO, arXiv 1707.06347; dual clip, arXiv 1912.09729) over the members, by default POLICY tokens.
+    """Clipped surrogate (PPO, arXiv 1707.06347; dual clip, 1912.09729) over the members, by default POLICY tokens.
 
     Per token: max(-A r, -A clip(r)); with `dual_clip` c and A < 0 also min(., -A c). Ties take the unclipped branch.
     """

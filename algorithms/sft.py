@@ -2,9 +2,9 @@
 
 Objective: expert loss over EXPERT tokens - entropy_coef x entropy of EXPERT tokens.
 
-Only expert rows; each step trains the demonstrations of its prompts. Departs from common trainers in one point: the mean
-is over all tokens of the minibatch (or its rows), not a mean of micro-batch means, so results do not depend on packing
-or accumulation.
+Only expert rows; each step trains the demonstrations of its prompts. Departs from common trainers in one point: the
+mean is over all tokens of the minibatch (or its rows), not a mean of micro-batch means, so results do not depend on
+packing or accumulation.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class SftConfig(AlgorithmConfig):
     expert_loss: ExpertLoss = Nll()
     normalizer: Normalizer = "tokens"
     """Of the expert component."""
-    entropy_coef: float = Field(0.0, ge=0)
+    entropy_coef: float = Field(default=0.0, ge=0)
 
 
 def sft_loss(
@@ -45,6 +45,7 @@ def sft_loss(
 
 class Sft(AlgorithmBase):
     Config = SftConfig
+    every_prompt_demonstrated = True
 
     @property
     def losses(self) -> Mapping[str, LossFn]:

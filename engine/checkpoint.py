@@ -103,7 +103,9 @@ class Checkpoints:
             return None
         path = self.folder / pointer.read_text().strip()
         if not (path / STATE_FILE).exists():
-            raise CheckpointError(f"{pointer} names {path.name}, which is not a complete checkpoint")
+            raise CheckpointError(
+                f"{pointer} names {path.name}, which is not a complete checkpoint"
+            )
         return path
 
     def restore(self, algorithm: Algorithm, data: DataSource, learners: Learners) -> RunState:

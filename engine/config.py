@@ -17,11 +17,11 @@ class Section(BaseModel):
 class LoopConfig(Section):
     steps: int = Field(ge=1)
     """Loop steps of the whole run."""
-    prompts_per_step: int = Field(128, ge=1)
-    """Prompts drawn each step; each is rolled out `algorithm.rollouts_per_prompt` times, or trains its demonstration."""
-    prompts_per_minibatch: int | None = Field(None, ge=1)
+    prompts_per_step: int = Field(default=128, ge=1)
+    """Prompts drawn each step; each is rolled out `algorithm.rollouts_per_prompt` times or trains its demonstration."""
+    prompts_per_minibatch: int | None = Field(default=None, ge=1)
     """Prompts of one optimizer step; must divide prompts_per_step. null: the whole step is one minibatch."""
-    epochs: int = Field(1, ge=1)
+    epochs: int = Field(default=1, ge=1)
     """Passes over the step's rows."""
 
     @model_validator(mode="after")
@@ -41,44 +41,44 @@ class LoopConfig(Section):
 
 
 class LoraConfig(Section):
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0)
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
 
 
 class LearnerConfig(Section):
-    num_workers: int = Field(1, ge=1)
+    num_workers: int = Field(default=1, ge=1)
     """Data-parallel DeepSpeed ranks."""
     device: Literal["cpu", "cuda"] = "cpu"
-    num_cpus: int = Field(2, ge=1)
+    num_cpus: int = Field(default=2, ge=1)
     """Threads of one rank."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Weights of the forward pass; master weights and losses are float32 whatever this is."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     offload_optimizer: bool = False
     """ZeRO 1-3: keep optimizer state in host memory (DeepSpeedCPUAdam)."""
-    learning_rate: float = Field(1e-6, gt=0)
+    learning_rate: float = Field(default=1e-6, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Decay to zero over loop.steps after the warm-up; a function of the completed loop steps only."""
-    warmup_ratio: float = Field(0.0, ge=0, le=1)
+    warmup_ratio: float = Field(default=0.0, ge=0, le=1)
     """Share of loop.steps over which the learning rate rises linearly from zero."""
     betas: tuple[float, float] = (0.9, 0.999)
-    adam_epsilon: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to this L2 norm; the norm before clipping is what metrics report."""
-    max_tokens_per_micro_batch: int = Field(4096, ge=1)
+    max_tokens_per_micro_batch: int = Field(default=4096, ge=1)
     """Token budget of one forward pass; rows are packed into it and never split."""
     packing: bool = True
     """false: one padded row per sequence instead (same gradients, more computation)."""
-    logit_chunk_tokens: int = Field(512, ge=1)
+    logit_chunk_tokens: int = Field(default=512, ge=1)
     """Logits exist for at most this many tokens at a time."""
     gradient_checkpointing: bool = False
     attention: Literal["auto", "segments", "flash_attention_2"] = "auto"
     """auto: flash_attention_2 on CUDA, plait's segment attention on CPU."""
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of all weights."""
-    timeout_seconds: float = Field(1800.0, gt=0)
+    timeout_seconds: float = Field(default=1800.0, gt=0)
     """Deadline of every call to a learner rank and of every collective."""
 
     @model_validator(mode="after")
@@ -93,18 +93,18 @@ class LearnerConfig(Section):
 
 
 class EvalConfig(Section):
-    num_prompts: int = Field(128, ge=0)
+    num_prompts: int = Field(default=128, ge=0)
     """Held-out prompts, never trained on; 0 switches evaluation off."""
-    every: int = Field(0, ge=0)
+    every: int = Field(default=0, ge=0)
     """Evaluate each so many steps; 0: only before the first and after the last step."""
-    temperature: float = Field(0.0, ge=0)
-    rollouts_per_prompt: int = Field(1, ge=1)
-    max_response_length: int | None = Field(None, ge=1)
+    temperature: float = Field(default=0.0, ge=0)
+    rollouts_per_prompt: int = Field(default=1, ge=1)
+    max_response_length: int | None = Field(default=None, ge=1)
     """null: rollouts.max_response_length."""
 
 
 class CheckpointConfig(Section):
-    every: int = Field(0, ge=0)
+    every: int = Field(default=0, ge=0)
     """Write a checkpoint each so many steps; 0: only after the last step."""
-    keep: int = Field(2, ge=1)
+    keep: int = Field(default=2, ge=1)
     """Checkpoints kept; older ones are removed after a newer one is complete."""

@@ -123,13 +123,26 @@ class RolloutPool(Protocol):
 class ServedProof(Protocol):
     """One worker's evidence after a weight sync."""
 
-    worker: str
-    version: int
-    checksums: Mapping[str, str]
-    """Digest of each received parameter as the learner names it."""
-    stale: Sequence[str]
-    """Parameters whose served (possibly repacked) copy does not compute what was received."""
-    logprobs: Sequence[Sequence[float]]
+    @property
+    def worker(self) -> str: ...
+
+    @property
+    def version(self) -> int: ...
+
+    @property
+    def checksums(self) -> Mapping[str, str]:
+        """Digest of each received parameter as the learner names it."""
+        ...
+
+    @property
+    def stale(self) -> Sequence[str]:
+        """Parameters whose served (possibly repacked) copy does not compute what was received."""
+        ...
+
+    @property
+    def logprobs(self) -> Sequence[Sequence[float]]:
+        """Of tokens 1.. of each probe sequence."""
+        ...
 
 
 class Scorer(Protocol):

@@ -17,6 +17,8 @@ class Problem:
 
     >>> print(Problem("loop.steps", -3, "must be at least 1"))
     loop.steps = -3: must be at least 1
+    >>> print(Problem("loop", ..., "`...` stands for a value too long to print"))
+    loop: `...` stands for a value too long to print
     """
 
     path: str
@@ -24,7 +26,8 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        return f"{self.path} = {self.value!r}: {self.message}"
+        value = "" if self.value is ... else f" = {self.value!r}"
+        return f"{self.path}{value}: {self.message}"
 
 
 class ConfigError(PlaitError, ValueError):

@@ -11,11 +11,11 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from math import ceil, cos, pi
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -41,6 +41,17 @@ class Rank:
     address: str = "127.0.0.1"
     port: int = 0
     """0: any free port (only with one rank)."""
+
+
+@dataclass(frozen=True)
+class WeightRoute:
+    """How weights travel to the rollout workers."""
+
+    kind: Literal["shared_memory", "nccl", "ipc"]
+    dtype: Literal["float32", "bfloat16"]
+    """The rollout workers'."""
+    timeout_seconds: float
+    ranks_per_receiver: int = 1
 
 
 def learning_rate(config: LearnerConfig, step: int, total_steps: int) -> float:
@@ -99,7 +110,9 @@ class LearnerWorker:
         warnings.filterwarnings("ignore", category=FutureWarning)
         self.config, self.losses, self.needs, self.rank = config, losses, needs, rank
         self.model_path = model_path
-        self.device = torch.device(config.device, 0) if config.device == "cuda" else torch.device("cpu")
+        self.device = (
+            torch.device(config.device, 0) if config.device == "cuda" else torch.device("cpu")
+        )
         torch.set_num_threads(config.num_cpus)
         torch.manual_seed(0)
         self._join_ranks()
@@ -203,7 +216,9 @@ class LearnerWorker:
             for name, value in measured.items():
                 totals[name] = totals.get(name, 0) + value.detach().double()
         metrics = self._sum_over_ranks(totals)
-        bad = [name for name, value in metrics.items() if value != value or abs(value) == float("inf")]
+        bad = [
+            name for name, value in metrics.items() if value != value or abs(value) == float("inf")
+        ]
         if bad:
             raise LearnerError(
                 f"update {loss_name!r}: {', '.join(bad)} not finite; the step was not applied. "
@@ -215,7 +230,7 @@ class LearnerWorker:
     def _diagnostics(self, batch: TrainBatch) -> dict[str, Tensor]:
         """Sums over this micro-batch that `derived_metrics` turns into metrics once they are added over ranks.
 
-        Gradients are those of the last hidden states, so they come for free and separate by who wrote the predicted token.
+        Gradients are those of the last hidden states: they come for free, and separate by who wrote the token.
         """
         zero = torch.zeros((), device=self.device, dtype=torch.float64)
         sums = dict.fromkeys(("grad_sq_policy", "grad_sq_expert", "gap_sum", "gap_tokens"), zero)
@@ -269,21 +284,30 @@ class LearnerWorker:
 
     # -- weights and checkpoints ---------------------------------------------------------------
 
-    def connect(self, backend: str, receivers: Sequence[Any]) -> None:
+    def connect(self, receivers: Sequence[Any], route: WeightRoute) -> None:
         """Open the way to the rollout workers; `receivers` are handles with vLLM's weight-update methods."""
-        from .model import full_weights
+        from .model import DTYPES
         from .weight_sync import make_sender
 
-        model, stage = self.engine.module.model, self.config.zero_stage
         self.sender = make_sender(
-            backend, receivers, lambda: full_weights(model, stage), rank=self.rank.index
+            route.kind,
+            rank=self.rank.index,
+            dtype=DTYPES[route.dtype],
+            timeout_seconds=route.timeout_seconds,
+            ranks_per_receiver=route.ranks_per_receiver,
         )
+        self.sender.connect(receivers)
 
-    def send_weights(self, version: int) -> dict[str, str]:
+    def send_weights(self, version: int) -> Mapping[str, str]:
         """Deliver the weights (every rank takes part); rank 0 returns the checksum of each parameter."""
         if self.sender is None:
             raise LearnerError("send_weights before connect: the learner knows no receivers")
-        return self.sender.send(version)
+        return self.sender.send(self._full_weights, version)
+
+    def _full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        from .model import full_weights
+
+        return full_weights(self.engine.module.model, self.config.zero_stage)
 
     def save(self, folder: str) -> None:
         self.engine.save_checkpoint(folder, tag=CHECKPOINT_TAG, save_latest=False)
@@ -297,13 +321,11 @@ class LearnerWorker:
         """Write config, tokenizer and safetensors; adapters are merged."""
         from transformers import AutoTokenizer
 
-        from .model import full_weights
-
         model = self.engine.module.model
         # The generator gathers shards, so every rank walks it; only rank 0 keeps what it yields.
         state = {
             name: weight.to("cpu", copy=True)
-            for name, weight in full_weights(model, self.config.zero_stage)
+            for name, weight in self._full_weights()
             if self.rank.index == 0
         }
         if self.rank.index == 0:
@@ -337,8 +359,8 @@ def make_optimizer(policy: torch.nn.Module, config: LearnerConfig) -> torch.opti
 
 
 def derived_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Replace the learner's sums by `expert_gradient_share` = |g_expert| / (|g_expert| + |g_policy|) and
-    `sampler_gap`, the mean |log p_learner - log p_sampler| over policy tokens. Absent where there is nothing to compare.
+    """Replace the sums by `expert_gradient_share` = |g_expert| / (|g_expert| + |g_policy|) and `sampler_gap`, the
+    mean |log p_learner - log p_sampler| over policy tokens. Absent where there is nothing to compare.
     """
     kept = dict(metrics)
     policy, expert = kept.pop("grad_sq_policy") ** 0.5, kept.pop("grad_sq_expert") ** 0.5

@@ -12,7 +12,7 @@ from .batch import count, partition, select, split_minibatches
 from .config import LearnerConfig
 from .contracts import LossFn, Need
 from .errors import LearnerError
-from .learner import LearnerWorker, Rank, free_port, learning_rate
+from .learner import LearnerWorker, Rank, WeightRoute, free_port, learning_rate
 from .types import Source, TrainBatch, Update, UpdateReport
 
 
@@ -64,14 +64,16 @@ class RayRanks:
         actor = ray.remote(RemoteLearner)
         self.workers = [actor.options(**options).remote() for _ in range(self.world_size)]
         address, port = self._get([self.workers[0].rendezvous.remote()])[0]
-        self._get(
-            [
-                worker.start.remote(
-                    model_path, config, losses, needs, Rank(i, self.world_size, address, port)
-                )
-                for i, worker in enumerate(self.workers)
-            ]
-        )
+        self.starting = [
+            worker.start.remote(
+                model_path, config, losses, needs, Rank(i, self.world_size, address, port)
+            )
+            for i, worker in enumerate(self.workers)
+        ]
+
+    def wait_started(self) -> None:
+        """Ranks load in the background from construction on, so that other workers can start beside them."""
+        self._get(self.starting)
 
     def call(self, method: str, per_rank: Sequence[tuple[Any, ...]]) -> list[Any]:
         return self._get(
@@ -144,10 +146,10 @@ class LearnerGroup:
         *,
         total_steps: int,
         seed: int,
-        weight_sync: str = "shared_memory",
+        route: WeightRoute,
     ) -> None:
         self.ranks, self.config, self.needs = ranks, config, needs
-        self.total_steps, self.seed, self.weight_sync = total_steps, seed, weight_sync
+        self.total_steps, self.seed, self.route = total_steps, seed, route
 
     def annotate(self, batch: TrainBatch, needs: frozenset[Need], *, single: bool) -> TrainBatch:
         """Fill old_logprobs, old_entropy and ref_logprobs where `needs` names them.
@@ -212,7 +214,7 @@ class LearnerGroup:
         return self.ranks.call(method, [args] * self.ranks.world_size)
 
     def connect(self, receivers: Sequence[Any]) -> None:
-        self._all("connect", self.weight_sync, list(receivers))
+        self._all("connect", list(receivers), self.route)
 
     def send_weights(self, version: int) -> Mapping[str, str]:
         return self._all("send_weights", version)[0]

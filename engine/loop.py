@@ -1,7 +1,7 @@
 """The training loop, read in one go.
 
-restore -> publish weights -> repeat { data -> plan -> rollout -> score -> assemble -> for each update: collate, annotate,
-finish, update, observe -> publish weights -> log, evaluate, checkpoint }.
+restore -> publish weights -> repeat { data -> plan -> rollout -> score -> assemble -> for each update: collate,
+annotate, finish, update, observe -> publish weights -> log, evaluate, checkpoint }.
 
 It knows no algorithm, no Ray and no vLLM: everything comes through the Protocols of contracts.py.
 """
@@ -17,8 +17,8 @@ from .checkpoint import Checkpoints, RunState
 from .config import EvalConfig, LoopConfig
 from .contracts import Algorithm, DataSource, Learners, RolloutPool, Scorer
 from .metrics import EvalResult, RunLog, evaluate_groups, step_metrics
+from .sync_proof import Tolerance, prove_sync
 from .types import RolloutRequest, Sampling, Update, UpdateReport
-from .weight_sync import prove_sync
 
 if TYPE_CHECKING:
     from .types import RolloutGroup
@@ -37,8 +37,8 @@ class Parts:
     log: RunLog
     probes: Sequence[Sequence[int]]
     """Token sequences whose log-probs prove each weight sync."""
-    probe_dtype: str = "float32"
-    """The coarser of the learner's and the sampler's dtypes: how closely the probes must agree."""
+    tolerance: Tolerance
+    """How closely learner and sampler must agree on them."""
 
 
 def train(config: LoopConfig, evaluation: EvalConfig, sampling: Sampling, parts: Parts) -> RunState:
@@ -79,7 +79,9 @@ def train(config: LoopConfig, evaluation: EvalConfig, sampling: Sampling, parts:
         state.advance(reports)
         if reports:
             publish(parts, state)
-        log.step(state, groups, step_metrics(state, plan, groups, updates, reports, algorithm.metrics()))
+        log.step(
+            state, groups, step_metrics(state, plan, groups, updates, reports, algorithm.metrics())
+        )
 
         last = state.step == config.steps
         if evaluation.num_prompts and (last or due(state.step, evaluation.every)):
@@ -111,15 +113,13 @@ def publish(parts: Parts, state: RunState) -> None:
             version=state.policy_version,
             checksums=checksums,
             probes=parts.probes,
-            dtype=parts.probe_dtype,
+            tolerance=parts.tolerance,
         )
     state.syncs_proved += 1
     parts.log.synced(proof)
 
 
-def evaluate(
-    parts: Parts, config: EvalConfig, sampling: Sampling, state: RunState
-) -> EvalResult:
+def evaluate(parts: Parts, config: EvalConfig, sampling: Sampling, state: RunState) -> EvalResult:
     """Score the held-out prompts with the current policy."""
     limit = config.max_response_length or sampling.max_tokens
     greedy = Sampling(max_tokens=limit, temperature=config.temperature)

@@ -267,5 +267,3 @@ def line_step(line: str) -> int:
         return int(json.loads(line)["step"])
     except (json.JSONDecodeError, KeyError):
         return 2**62
-
-

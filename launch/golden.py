@@ -1,14 +1,15 @@
 """`plait check golden`: recompute reference numbers with the functions that train, in float64.
 
-Format: JSON `{"schema": 1, "cases": [...]}`; kinds loss, advantage, schedule and trace. A loss case is one minibatch whose
-logits are given, so everything between sampled text and gradient is exercised except the model itself.
+Format: JSON `{"schema": 1, "cases": [...]}`; kinds loss, advantage, schedule and trace. A loss case is one minibatch
+whose logits are given, so everything between sampled text and gradient is exercised except the model itself.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,20 @@ class CaseResult:
     ok: bool
     problem: str = ""
 
+    def to_json(self) -> dict[str, Any]:
+        error = self.max_abs_err if isfinite(self.max_abs_err) else None
+        return {**asdict(self), "max_abs_err": error}
+
     def __str__(self) -> str:
         verdict = "ok" if self.ok else f"FAIL {self.problem}".rstrip()
-        fields = (self.algorithm, self.variant, self.name, self.kind, f"{self.max_abs_err:.3g}", verdict)
+        fields = (
+            self.algorithm,
+            self.variant,
+            self.name,
+            self.kind,
+            f"{self.max_abs_err:.3g}",
+            verdict,
+        )
         return " ".join(fields)
 
 
@@ -59,7 +71,9 @@ def check_file(path: Path, algorithms: Sequence[str] | None = None) -> Iterator[
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(f"{path}: not a golden file: {error}") from error
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-        raise DataError(f'{path}: not a golden file: expected {{"schema": {SCHEMA}, "cases": [...]}}')
+        raise DataError(
+            f'{path}: not a golden file: expected {{"schema": {SCHEMA}, "cases": [...]}}'
+        )
     for case in content["cases"]:
         if algorithms is None or case["algorithm"] in algorithms:
             yield check_case(case)
@@ -78,12 +92,18 @@ def check_case(case: Case) -> CaseResult:
         lines = f"{type(failure).__name__}: {failure}".splitlines()
         problem = " ".join(line.strip() for line in lines)
     return CaseResult(
-        case["algorithm"], case.get("variant", ""), case["name"], case["kind"], error, not problem, problem
+        case["algorithm"],
+        case.get("variant", ""),
+        case["name"],
+        case["kind"],
+        error,
+        not problem,
+        problem,
     )
 
 
 def compare(want: Any, got: Any, tolerance: float, path: str) -> tuple[float, str]:
-    """Largest absolute error and the first thing that is off; floats within tolerance x (1 + |want|), the rest exact."""
+    """Largest absolute error and the first thing off; floats within tolerance x (1 + |want|), the rest exact."""
     if isinstance(want, Mapping):
         if not isinstance(got, Mapping):
             return float("inf"), f"{path or 'result'}: expected a mapping, got {got!r}"
@@ -128,7 +148,9 @@ def row_sample(row: Case) -> Sample:
     """A golden row as a Sample: one CONTEXT token (nothing predicts a row's first token), then the response."""
     response = row.get("response_ids") or []
     n, prefix = len(response), row.get("prefix_len", 0)
-    kind = {"policy": Source.POLICY, "hybrid": Source.POLICY, "expert": Source.EXPERT}[row["source"]]
+    kind = {"policy": Source.POLICY, "hybrid": Source.POLICY, "expert": Source.EXPERT}[
+        row["source"]
+    ]
     source = np.full(n + 1, kind, dtype=np.int8)
     source[0] = Source.CONTEXT
     source[1 : 1 + prefix] = Source.EXPERT
@@ -148,7 +170,9 @@ def run_loss(case: Case) -> dict[str, Any]:
     algorithm = build(case)
     rows, update = case["rows"], case.get("update") or "main"
     if update not in algorithm.losses:
-        raise CaseError(f"{case['algorithm']} has no loss {update!r}; it has {list(algorithm.losses)}")
+        raise CaseError(
+            f"{case['algorithm']} has no loss {update!r}; it has {list(algorithm.losses)}"
+        )
     samples = algorithm.credit([row_sample(row) for row in rows])
     batch = collate(samples, torch.float64)
     batch = replace(batch, **{name: column(rows, name) for name in COLUMNS if has(rows, name)})
@@ -240,7 +264,9 @@ def trace_kept_groups(algorithm: Any, entry: Case) -> dict[str, Any]:
     names = [name for name, _ in entry["rewards"]]
     flat = [(reward, name) for name, rewards in entry["rewards"] for reward in rewards]
     dropped = uniform_groups([r for r, _ in flat], [n for _, n in flat])
-    return {"kept": [n for n in names if not (algorithm.config.drop_uniform_groups and n in dropped)]}
+    return {
+        "kept": [n for n in names if not (algorithm.config.drop_uniform_groups and n in dropped)]
+    }
 
 
 TRACES: dict[str, Callable[[Any, Case], dict[str, Any]]] = {"grpo": trace_kept_groups}

@@ -22,11 +22,14 @@ import subprocess
 import sys
 import tempfile
 import threading
+import urllib.request
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
 from ..engine.errors import ConfigError
 
@@ -75,7 +78,7 @@ def check_model(path: str) -> None:
         _check_packaged(path)
         return
     folder = Path(path).expanduser()
-    if folder.is_dir():
+    if path and folder.is_dir():
         if not (folder / "config.json").is_file():
             raise _no_model(path, "the folder holds no config.json; give a Hugging Face checkpoint")
         return
@@ -133,7 +136,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         source,
         gguf_file=file,
         quantization_config=GgufConfig(dequantize=True),
@@ -236,7 +239,9 @@ def _check_hub(path: str) -> None:
     near = difflib.get_close_matches(path.lower(), PACKAGED, n=1, cutoff=0.5)
     remedy = "give a folder with config.json" + (f" or the name {near[0]}" if near else "")
     if constants.HF_HUB_OFFLINE:
-        raise _no_model(path, f"neither a folder nor in the hub cache, and HF_HUB_OFFLINE=1; {remedy}")
+        raise _no_model(
+            path, f"neither a folder nor in the hub cache, and HF_HUB_OFFLINE=1; {remedy}"
+        )
     answer = _ask_hub(path)
     if answer is not None:
         raise _no_model(path, f"neither a folder nor a model of the hub ({answer}); {remedy}")
@@ -244,17 +249,20 @@ def _check_hub(path: str) -> None:
 
 def _ask_hub(path: str) -> str | None:
     """None if the hub has the model, else what it said; a thread bounds name resolution too."""
-    import httpx
-    from huggingface_hub import model_info
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers
 
+    url = f"{constants.ENDPOINT}/api/models/{path}"
+    # Not the hub's own client: it retries, and the class of its errors changed between versions.
+    request = urllib.request.Request(url, headers=build_hf_headers())
     answer: list[str | None] = []
 
     def ask() -> None:
         try:
-            model_info(path, timeout=HUB_TIMEOUT_SECONDS)
-            answer.append(None)
-        except (OSError, ValueError, httpx.HTTPError) as error:
-            answer.append(str(error).strip().partition("\n")[0])
+            with urllib.request.urlopen(request, timeout=HUB_TIMEOUT_SECONDS):
+                answer.append(None)
+        except (OSError, ValueError, HTTPException) as error:
+            answer.append(f"{constants.ENDPOINT}: {error}")
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()

@@ -1,3 +1,94 @@
 """Verifiers and reward functions, and the scorer that runs them safely."""
 
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from types import ModuleType
+from typing import TYPE_CHECKING, cast
+
 from .. import __version__ as __version__
+from ..engine.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ..engine.contracts import RewardFn
+
+REWARDS: "dict[str, str | RewardFn]" = {
+    "exact": "plait.rewards.exact:grade_exact",
+    "math": "plait.rewards.math:grade_math",
+    "reasoning_gym": "plait.rewards.reasoning_gym:grade_reasoning_gym",
+}
+"""Built-in rewards: name -> `module:function` (imported on first use) or the function itself."""
+
+
+def resolve(name: str, *, path: str = "reward.function") -> "RewardFn":
+    """The reward function of a built-in name or of `module:function`.
+
+    The current working directory is put at the front of `sys.path` and stays there, so that a folder that
+    holds only `rewards.py` and a recipe with `reward: rewards:my_reward` works.
+
+    Raises ConfigError at `path`, the recipe field that holds `name`, when there is no such built-in reward, the
+    module is missing or cannot be imported, or its attribute is missing or not callable.
+    """
+    builtin = REWARDS.get(name)
+    if callable(builtin):
+        return builtin
+    target = builtin or name
+    module_name, colon, attribute = target.partition(":")
+    if not (module_name and colon and attribute):
+        raise ConfigError.at(path, name, _no_builtin(name))
+    module = _import(module_name, name, path)
+    if not hasattr(module, attribute):
+        near = difflib.get_close_matches(attribute, _functions(module), n=1)
+        remedy = f"did you mean {near[0]!r}?" if near else "define it there"
+        where = getattr(module, "__file__", None) or module_name
+        raise ConfigError.at(path, name, f"{where} has no {attribute!r}; {remedy}")
+    function = getattr(module, attribute)
+    if not callable(function):
+        raise ConfigError.at(
+            path,
+            name,
+            f"{attribute!r} is {type(function).__name__}, not a function; "
+            "name a function (prompt, completion) -> number, Score or None",
+        )
+    return cast("RewardFn", function)
+
+
+def _no_builtin(name: str) -> str:
+    near = difflib.get_close_matches(name, REWARDS, n=1)
+    suggestion = f"did you mean {near[0]!r}? " if near else ""
+    return (
+        f"no built-in reward has this name; {suggestion}built in are {', '.join(sorted(REWARDS))}; "
+        "a function of your own is written module:function"
+    )
+
+
+def _import(module_name: str, name: str, path: str) -> ModuleType:
+    folder = os.getcwd()
+    if folder not in sys.path and "" not in sys.path:
+        sys.path.insert(0, folder)
+    importlib.invalidate_caches()
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if module_name == missing or module_name.startswith(f"{missing}."):
+            raise ConfigError.at(
+                path,
+                name,
+                f"no module {missing!r} in {folder} or among the installed packages; "
+                "start plait in the folder that holds it, or install it",
+            ) from error
+        raise ConfigError.at(path, name, _import_failed(module_name, error)) from error
+    except Exception as error:  # a user's module may raise anything at import
+        raise ConfigError.at(path, name, _import_failed(module_name, error)) from error
+
+
+def _import_failed(module_name: str, error: Exception) -> str:
+    last_line = traceback.format_exception_only(error)[-1].strip()
+    return f"importing {module_name} failed: {last_line}; `python -c 'import {module_name}'` shows more"
+
+
+def _functions(module: ModuleType) -> list[str]:
+    return [name for name, value in vars(module).items() if callable(value)]

@@ -8,33 +8,33 @@ from ..engine.config import Section
 
 
 class RolloutConfig(Section):
-    num_workers: int = Field(1, ge=1)
+    num_workers: int = Field(default=1, ge=1)
     """vLLM engines, each in its own Ray actor."""
     device: Literal["cpu", "cuda"] = "cpu"
-    num_cpus: int = Field(2, ge=1)
+    num_cpus: int = Field(default=2, ge=1)
     """Threads of one engine."""
-    tensor_parallel_size: int = Field(1, ge=1)
+    tensor_parallel_size: int = Field(default=1, ge=1)
     """GPUs of one engine."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """null: as the learner."""
-    max_prompt_length: int = Field(1024, ge=1)
-    max_response_length: int = Field(1024, ge=1)
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    max_num_seqs: int = Field(64, ge=1)
+    max_prompt_length: int = Field(default=1024, ge=1)
+    max_response_length: int = Field(default=1024, ge=1)
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_num_seqs: int = Field(default=64, ge=1)
     """Sequences one engine decodes together; the pool keeps no more than twice as many at a worker."""
-    kv_cache_gib: float = Field(2.0, gt=0)
+    kv_cache_gib: float = Field(default=2.0, gt=0)
     """CPU: memory of the KV cache."""
-    gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
+    gpu_memory_utilization: float = Field(default=0.85, gt=0, le=1)
     """CUDA: share of GPU memory the engine may take."""
     enforce_eager: bool = True
     """false: compile the model (slower start, faster decoding on GPUs)."""
     weight_sync: Literal["shared_memory", "nccl", "ipc"] = "shared_memory"
     """shared_memory on one CPU node; nccl between separate GPUs; ipc where learner and rollouts share a GPU."""
-    start_timeout_seconds: float = Field(600.0, gt=0)
-    sample_timeout_seconds: float = Field(600.0, gt=0)
+    start_timeout_seconds: float = Field(default=600.0, gt=0)
+    sample_timeout_seconds: float = Field(default=600.0, gt=0)
     """Deadline of the wait for the next finished sample."""
-    sync_timeout_seconds: float = Field(300.0, gt=0)
+    sync_timeout_seconds: float = Field(default=300.0, gt=0)
 
 
 class DataSection(Section):
@@ -71,7 +71,7 @@ class ReasoningGymData(DataSection):
     """Name in reasoning-gym's registry, for example chain_sum."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Arguments of that data set's own config."""
-    size: int = Field(2000, ge=1)
+    size: int = Field(default=2000, ge=1)
     """Training problems generated; problems equal to a held-out one are left out."""
     demonstrations: Literal["answer", "solution", "none"] = "answer"
     """answer: the item's answer; solution: its written solution (`metadata["answer_cot"]`), where it has one."""
@@ -81,7 +81,7 @@ class JsonlData(DataSection):
     type: Literal["jsonl"]
     path: str
     columns: Columns = Columns()
-    max_rows: int | None = Field(None, ge=1)
+    max_rows: int | None = Field(default=None, ge=1)
 
 
 class HuggingFaceData(DataSection):
@@ -91,7 +91,7 @@ class HuggingFaceData(DataSection):
     name: str | None = None
     split: str = "train"
     columns: Columns = Columns()
-    max_rows: int | None = Field(None, ge=1)
+    max_rows: int | None = Field(default=None, ge=1)
 
 
 DataConfig = Annotated[ReasoningGymData | JsonlData | HuggingFaceData, Field(discriminator="type")]

@@ -1,0 +1,42 @@
+# Targets set up what they need by themselves: a .venv, made again whenever the pins change.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PINS := requirements/cpu.lock
+STAMP := .venv/installed-$(shell cat $(PINS) pyproject.toml | sha256sum | cut -c1-16)
+
+.PHONY: help setup quickstart test lint format check-gpu-requirements clean
+
+help: ## List the targets.
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 26
+
+setup: $(STAMP) ## Make .venv with every pinned package and plait itself.
+
+$(STAMP): $(PINS) pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "plait needs Python 3.11 or newer")'
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(PINS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+quickstart: $(STAMP) ## Train SmolLM2-135M with CHORD on this machine's CPU, in minutes.
+	$(BIN)/plait train quickstart --overwrite
+
+test: $(STAMP) ## Run every test; those that need a GPU skip with a reason.
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## Format, lint, layers and types.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+format: $(STAMP) ## Rewrite the code in the project's format.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check-gpu-requirements: $(STAMP) ## Ask pip whether the GPU pins resolve together; installs nothing.
+	$(BIN)/python -m pip install --dry-run --ignore-installed -r requirements/gpu.txt
+
+clean: ## Remove the environment and build products; runs/ stays.
+	rm -rf .venv build dist src/*.egg-info

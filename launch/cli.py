@@ -1,0 +1,178 @@
+"""The command line. Bad input is one clear message and exit code 2, before anything starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..engine.errors import ConfigError, DataError, PlaitError
+from .cluster import import_from_here
+from .config import load_recipe
+
+app = typer.Typer(
+    name="plait",
+    help="Hybrid post-training: expert tokens and verified samples in one run.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+check = typer.Typer(no_args_is_help=True, help="Proofs that need no cluster.")
+app.add_typer(check, name="check")
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value ...")]
+RunArgument = Annotated[Path, typer.Argument(help="A run folder, for example runs/quickstart.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing run of this name.")] = False,
+) -> None:
+    """Train a recipe."""
+    from .run import train as run
+
+    show_summary(run(load_recipe(recipe, overrides or ()), overwrite=overwrite))
+
+
+@app.command()
+def resume(run: RunArgument) -> None:
+    """Continue an interrupted run from its last checkpoint."""
+    from .run import load_run
+    from .run import train as run_train
+
+    show_summary(run_train(load_run(run), resume=True))
+
+
+@app.command("eval")
+def evaluate(
+    target: Annotated[str, typer.Argument(help="A run folder (its export), or a recipe.")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Score a model on the held-out prompts: a run's export, or the model a recipe names."""
+    from .model import resolve_model
+    from .run import check_inputs, load_run
+    from .run import evaluate as run
+
+    if Path(target).is_dir():
+        model = Path(target) / "export"
+        if not model.is_dir():
+            raise ConfigError.at("run", target, f"it has no {model}; run `plait export {target}`")
+        result = run(load_run(Path(target)), str(model.resolve()))
+    else:
+        recipe = load_recipe(target, overrides or ())
+        check_inputs(recipe)
+        result = run(recipe, resolve_model(recipe.model.path))
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print(
+            f"accuracy {result['accuracy']:.3f} [{result['low']:.3f}, {result['high']:.3f}], "
+            f"mean reward {result['mean_reward']:.3f}, {result['num_scored']} scored, {result['num_unknown']} unknown"
+        )
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    output: Annotated[Path | None, typer.Option(help="Default: RUN/export.")] = None,
+) -> None:
+    """Write a run's latest checkpoint as a Hugging Face model."""
+    from .run import export as write
+    from .run import load_run
+
+    print(write(load_run(run), output or run / "export"))
+
+
+@app.command()
+def plan(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Print what a recipe will do: rows, micro-batches, optimizer steps, tokens, memory."""
+    from .model import resolve_model
+    from .plan import make_plan
+    from .run import check_inputs
+
+    loaded = load_recipe(recipe, overrides or ())
+    check_inputs(loaded)
+    result = make_plan(loaded, resolve_model(loaded.model.path))
+    print(json.dumps(result.to_json()) if as_json else "\n".join(result.lines()))
+
+
+@app.command()
+def model(name: Annotated[str, typer.Argument(help="For example smollm2-135m-instruct.")]) -> None:
+    """Make a packaged model a Hugging Face checkpoint in the cache, and print its folder."""
+    from .model import resolve_model
+
+    print(resolve_model(name))
+
+
+@check.command("golden")
+def check_golden(
+    files: Annotated[list[Path], typer.Argument(help="Files of golden cases.")],
+    algorithm: Annotated[str | None, typer.Option(help="Only these, separated by commas.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Recompute reference numbers with the engine's own algorithm code."""
+    from .golden import check_file
+
+    chosen = algorithm.split(",") if algorithm else None
+    results = [result for file in files for result in check_file(file, chosen)]
+    if not results:
+        raise ConfigError.at("--algorithm", algorithm, "no case of these algorithms in the files")
+    if as_json:
+        print(json.dumps([result.to_json() for result in results]))
+    else:
+        print("\n".join(map(str, results)))
+    if not all(result.ok for result in results):
+        raise typer.Exit(1)
+
+
+@check.command("recipe")
+def check_recipe(
+    recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False
+) -> None:
+    """Validate a recipe with its model, reward and data; start nothing."""
+    from .run import check_inputs
+
+    inputs = check_inputs(load_recipe(recipe, overrides or ()))
+    counts = {"train": len(inputs.records.train), "held_out": len(inputs.records.held_out)}
+    if as_json:
+        print(json.dumps({"ok": True, **counts}))
+    else:
+        print(f"ok: {counts['train']} training prompts, {counts['held_out']} held out")
+
+
+def show_summary(summary: dict) -> None:
+    before, after = summary["eval_before"], summary["eval_after"]
+    if before and after:
+        print(
+            f"accuracy {before['accuracy']:.3f} -> {after['accuracy']:.3f} "
+            f"on {after['num_prompts']} held-out prompts"
+        )
+    proved, tokens = summary["weight_sync"]["proved"], summary["tokens"]
+    print(
+        f"{summary['steps']} steps, {tokens['policy']} policy and {tokens['expert']} expert tokens, "
+        f"{proved} weight syncs proved, {summary['wall_seconds']['total']:.0f} s"
+    )
+
+
+def main() -> None:
+    """Entry point: errors that a person can act on are messages, not tracebacks."""
+    import_from_here()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app()
+    except (ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except PlaitError as error:
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)

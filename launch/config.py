@@ -1,0 +1,333 @@
+"""A recipe: YAML plus `key.path=value` overrides -> one frozen object, or every problem at once.
+
+Each folder owns its section; this file composes them and holds the checks that concern two sections.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    create_model,
+)
+
+from ..algorithms import AlgorithmBase, AlgorithmConfig, Setup, resolve
+from ..engine.config import CheckpointConfig, EvalConfig, LearnerConfig, LoopConfig, Section
+from ..engine.errors import ConfigError, Problem
+from ..engine.types import Sampling
+from ..rewards.config import RewardConfig
+from ..rollouts.config import DataConfig, RolloutConfig
+
+RECIPES = Path(__file__).parent / "recipes"
+Raw = dict[str, Any]
+
+
+class RunConfig(Section):
+    name: str = Field(min_length=1, pattern=r"^[\w.-]+$")
+    """Folder of the run below `dir`; absent: the recipe's file name."""
+    dir: str = "runs"
+    seed: int = 0
+
+
+class ModelConfig(Section):
+    """`model: PATH` is short for `model: {path: PATH}`."""
+
+    path: str = Field(min_length=1)
+    """A local folder, a hub id, or a name that `plait model` knows."""
+
+
+def short_for(field: str) -> BeforeValidator:
+    """A plain string stands for a section with that one field."""
+    return BeforeValidator(lambda value: {field: value} if isinstance(value, str) else value)
+
+
+class Recipe(Section):
+    """Everything a run is made of."""
+
+    run: RunConfig
+    model: Annotated[ModelConfig, short_for("path")]
+    algorithm: SerializeAsAny[AlgorithmConfig]
+    data: DataConfig
+    reward: Annotated[RewardConfig | None, short_for("function")] = None
+    rollouts: RolloutConfig = RolloutConfig()
+    learner: LearnerConfig = LearnerConfig()
+    loop: LoopConfig
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run.dir) / self.run.name
+
+    @property
+    def sampling(self) -> Sampling:
+        """How training rollouts are drawn."""
+        rollouts = self.rollouts
+        return Sampling(rollouts.max_response_length, rollouts.temperature, rollouts.top_p)
+
+    def build_algorithm(self) -> AlgorithmBase:
+        setup = Setup(self.sampling, self.loop.minibatches, self.loop.epochs, self.run.seed)
+        return resolve(self.algorithm.type)(self.algorithm, setup)
+
+    def to_yaml(self) -> str:
+        """Every field with its value; loads to an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file (or one of the shipped recipes, by name) and apply overrides.
+
+    Raises ConfigError with every problem found, each with field path, value and remedy.
+    """
+    file = find_recipe(path)
+    raw = read_yaml(file)
+    for override in overrides:
+        apply_override(raw, override)
+    run = raw.setdefault("run", {})
+    if isinstance(run, dict):
+        run.setdefault("name", file.stem)
+    return validate(raw)
+
+
+def find_recipe(path: str | Path) -> Path:
+    shipped = RECIPES / f"{path}.yaml"
+    for candidate in (Path(path), shipped):
+        if candidate.is_file():
+            return candidate
+    names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+    raise ConfigError.at("recipe", str(path), f"no such file, nor a shipped recipe ({names})")
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """YAML lets the last of two equal keys win in silence; a recipe must not."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise ConfigError.at(str(key), ..., f"given twice (line {line}); keep one")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(file: Path) -> Raw:
+    try:
+        raw = yaml.load(file.read_text(), UniqueKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError.at("recipe", str(file), f"not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError.at("recipe", str(file), "must be a mapping of sections")
+    return raw
+
+
+def apply_override(raw: Raw, override: str) -> None:
+    """`loop.steps=10`: the value is YAML."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError.at("override", override, "must look like key.path=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError.at(key, text, f"not a YAML value: {error}") from error
+    *parents, last = key.split(".")
+    section = raw
+    for parent in parents:
+        below = section.setdefault(parent, {})
+        if isinstance(below, str) and parent in ("model", "reward"):
+            below = section[parent] = {{"model": "path", "reward": "function"}[parent]: below}
+        if not isinstance(below, dict):
+            raise ConfigError.at(key, value, f"{parent!r} holds a value, not a section")
+        section = below
+    section[last] = value
+
+
+def validate(raw: Raw) -> Recipe:
+    """Types, ranges and unknown keys of all sections, then what concerns two sections."""
+    problems: list[Problem] = []
+    schema, raw = recipe_schema(raw, problems)
+    try:
+        recipe = schema.model_validate(raw)
+    except ValidationError as error:
+        known = {problem.path for problem in problems}
+        found = [as_problem(details, raw, schema) for details in error.errors()]
+        problems += [problem for problem in found if problem.path not in known]
+    else:
+        problems += contradictions(recipe)
+    if problems:
+        raise ConfigError(problems)
+    return recipe
+
+
+def recipe_schema(raw: Raw, problems: list[Problem]) -> tuple[type[Recipe], Raw]:
+    """Recipe with `algorithm` typed as the chosen algorithm's own config.
+
+    A response limit that the algorithm section leaves out is the sampler's.
+    """
+    section = raw.get("algorithm")
+    if not isinstance(section, dict) or not isinstance(section.get("type"), str):
+        value = section.get("type") if isinstance(section, dict) else section
+        problems.append(Problem("algorithm.type", value, "name an algorithm, for example chord"))
+        return Recipe, raw
+    try:
+        config = resolve(section["type"]).Config
+    except ConfigError as error:
+        problems += error.problems
+        return Recipe, {**raw, "algorithm": {"type": section["type"]}}
+    rollouts = raw.get("rollouts")
+    limit = rollouts.get("max_response_length") if isinstance(rollouts, dict) else None
+    limit = RolloutConfig().max_response_length if limit is None else limit
+    raw = {**raw, "algorithm": {"max_response_length": limit, **section}}
+    return recipe_with(config), raw
+
+
+@cache
+def recipe_with(config: type[AlgorithmConfig]) -> type[Recipe]:
+    return create_model("Recipe", __base__=Recipe, algorithm=(config, ...))
+
+
+def as_problem(details: Any, raw: Raw, schema: type[BaseModel]) -> Problem:
+    """One pydantic error as field path, value, remedy."""
+    path, section = [], raw
+    location = [part for part in details["loc"] if not str(part).startswith("function-")]
+    for i, part in enumerate(location):
+        absent_key = i == len(location) - 1 and details["type"] in ("missing", "extra_forbidden")
+        if isinstance(section, dict | list) and holds(section, part):
+            section = section[part]
+        elif not absent_key:
+            continue  # the tag of a union, not a key
+        path.append(str(part))
+    name = ".".join(path) or "recipe"
+    match details["type"]:
+        case "extra_forbidden":
+            return Problem(name, details["input"], f"unknown key{did_you_mean(path, raw, schema)}")
+        case "missing":
+            return Problem(name, None, "required; add it to the recipe")
+        case "value_error":
+            return Problem(name, short(details["input"]), str(details["ctx"]["error"]))
+        case _:
+            return Problem(name, short(details["input"]), details["msg"])
+
+
+def holds(section: dict[Any, Any] | list[Any], part: Any) -> bool:
+    if isinstance(section, list):
+        return isinstance(part, int) and part < len(section)
+    return part in section
+
+
+def short(value: Any) -> Any:
+    """A whole section as the culprit would bury the message."""
+    return ... if isinstance(value, dict) else value
+
+
+def did_you_mean(path: Sequence[str], raw: Raw, schema: type[BaseModel]) -> str:
+    fields = field_names(schema, path[:-1], raw)
+    close = difflib.get_close_matches(path[-1], fields, n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known here: {', '.join(fields)}" if fields else ""
+
+
+def field_names(schema: Any, path: Sequence[str], raw: Any) -> list[str]:
+    """Fields of the section at `path`; of a union, the member that the section's `type` selects."""
+    for part in path:
+        raw = raw.get(part) if isinstance(raw, dict) else None
+        models = (
+            list(section_models(schema.model_fields[part])) if part in schema.model_fields else []
+        )
+        tagged = [m for m in models if isinstance(raw, dict) and raw.get("type") in m_tags(m)]
+        if not models:
+            return []
+        schema = (tagged or models)[0]
+    return list(schema.model_fields)
+
+
+def section_models(field: Any) -> Sequence[type[BaseModel]]:
+    """Models a field's annotation mentions, unions and lists opened."""
+    found, open_types = [], [field.annotation]
+    while open_types:
+        kind = open_types.pop()
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found.append(kind)
+        open_types.extend(getattr(kind, "__args__", ()))
+    return found
+
+
+def m_tags(model: type[BaseModel]) -> tuple[Any, ...]:
+    field = model.model_fields.get("type")
+    return getattr(field.annotation, "__args__", ()) if field else ()
+
+
+def contradictions(recipe: Recipe) -> list[Problem]:
+    """What two sections say against each other; each message names both keys."""
+    problems = []
+
+    def check(ok: bool, path: str, value: object, message: str) -> None:
+        if not ok:
+            problems.append(Problem(path, value, message))
+
+    rollouts, learner, algorithm = recipe.rollouts, recipe.learner, recipe.algorithm
+    longest = rollouts.max_prompt_length + rollouts.max_response_length
+    budget = learner.max_tokens_per_micro_batch
+    check(
+        longest <= budget,
+        "learner.max_tokens_per_micro_batch",
+        budget,
+        f"a row may have rollouts.max_prompt_length + rollouts.max_response_length = {longest} tokens; "
+        "raise it, or lower those limits",
+    )
+    check(
+        algorithm.max_response_length == rollouts.max_response_length,
+        "algorithm.max_response_length",
+        algorithm.max_response_length,
+        f"must equal rollouts.max_response_length = {rollouts.max_response_length}; leave it out",
+    )
+    on_cpu = rollouts.device == "cpu"
+    check(
+        (rollouts.weight_sync == "shared_memory") == on_cpu,
+        "rollouts.weight_sync",
+        rollouts.weight_sync,
+        f"does not work with rollouts.device = {rollouts.device}; "
+        "use shared_memory on cpu, nccl or ipc on cuda",
+    )
+    check(
+        learner.device == rollouts.device,
+        "learner.device",
+        learner.device,
+        f"must equal rollouts.device = {rollouts.device}: weights do not travel between kinds of device",
+    )
+    check(
+        learner.device == "cuda" or learner.attention != "flash_attention_2",
+        "learner.attention",
+        learner.attention,
+        "needs learner.device = cuda",
+    )
+    check(
+        learner.packing or learner.attention == "auto",
+        "learner.attention",
+        learner.attention,
+        "is chosen for packed rows, but learner.packing is false; leave one of them out",
+    )
+    check(
+        recipe.reward is not None or not needs_reward(recipe),
+        "reward",
+        None,
+        "required: rollouts and evaluation are scored; name one, for example math, "
+        "or set eval.num_prompts = 0 for supervised training without evaluation",
+    )
+    return problems
+
+
+def needs_reward(recipe: Recipe) -> bool:
+    return recipe.eval.num_prompts > 0 or hasattr(recipe.algorithm, "rollouts_per_prompt")

@@ -1,0 +1,132 @@
+"""`plait plan`: what a recipe will do, counted before anything starts."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from math import ceil
+from typing import Any
+
+from .config import Recipe
+
+BYTES = {"float32": 4, "bfloat16": 2}
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Counts of one step and of the run. Tokens are upper bounds: every row at its length limits."""
+
+    algorithm: str
+    steps: int
+    prompts_per_step: int
+    rollouts_per_prompt: int
+    expert_rows: int
+    rows: int
+    minibatches: int
+    epochs: int
+    optimizer_steps: int
+    ranks: int
+    rows_per_minibatch: int
+    max_tokens_per_row: int
+    max_tokens_per_rank: int
+    micro_batches_per_minibatch: int
+    old_logprobs: str
+    """How the log-probs before the first update are obtained."""
+    parameters: int
+    learner_gib_per_rank: float
+    rollout_gib_per_worker: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """The same for a person: each line leads to the next."""
+        generated = self.prompts_per_step * self.rollouts_per_prompt
+        return [
+            f"algorithm          {self.algorithm}, {self.steps} steps",
+            f"a step             {self.prompts_per_step} prompts x {self.rollouts_per_prompt} rollouts = {generated} "
+            f"+ {self.expert_rows} demonstrations = {self.rows} rows",
+            f"optimizer          {self.minibatches} minibatch(es) x {self.epochs} epoch(s) = "
+            f"{self.minibatches * self.epochs} steps of <= {self.rows_per_minibatch} rows; "
+            f"{self.optimizer_steps} in the run",
+            f"a minibatch        <= {self.micro_batches_per_minibatch} micro-batches on each of {self.ranks} rank(s)",
+            f"tokens             <= {self.max_tokens_per_row} a row, <= {self.max_tokens_per_rank} a rank and step",
+            f"old log-probs      {self.old_logprobs}",
+            f"memory (estimate)  learner {self.learner_gib_per_rank:.1f} GiB a rank, "
+            f"rollouts {self.rollout_gib_per_worker:.1f} GiB a worker, {self.parameters / 1e6:.1f} M parameters",
+        ]
+
+
+def make_plan(recipe: Recipe, model_path: str) -> Plan:
+    """Count rows, steps and bytes; reads only the model's config."""
+    algorithm = recipe.build_algorithm()
+    loop, learner, rollouts = recipe.loop, recipe.learner, recipe.rollouts
+    group = getattr(recipe.algorithm, "rollouts_per_prompt", 0)
+    stream = algorithm.expert_rows_per_step
+    expert_rows = stream if group else loop.prompts_per_step
+    rows = loop.prompts_per_step * group + expert_rows
+    longest = rollouts.max_prompt_length + rollouts.max_response_length
+    per_minibatch = ceil(rows / loop.minibatches)
+    per_rank = ceil(per_minibatch / learner.num_workers)
+    single = loop.minibatches * loop.epochs == 1
+    wanted = any("old_logprobs" in needs for needs in algorithm.needs.values())
+    parameters, hidden, layers, vocabulary = model_size(model_path)
+    return Plan(
+        algorithm=recipe.algorithm.type,
+        steps=loop.steps,
+        prompts_per_step=loop.prompts_per_step,
+        rollouts_per_prompt=group,
+        expert_rows=expert_rows,
+        rows=rows,
+        minibatches=loop.minibatches,
+        epochs=loop.epochs,
+        optimizer_steps=loop.steps * loop.minibatches * loop.epochs,
+        ranks=learner.num_workers,
+        rows_per_minibatch=per_minibatch,
+        max_tokens_per_row=longest,
+        max_tokens_per_rank=per_rank * longest * loop.minibatches,
+        micro_batches_per_minibatch=ceil(
+            per_rank / (learner.max_tokens_per_micro_batch // longest)
+        ),
+        old_logprobs=(
+            "not needed"
+            if not wanted
+            else "those of the update itself: one optimizer step takes the whole batch"
+            if single
+            else "a forward pass before the first update"
+        ),
+        parameters=parameters,
+        learner_gib_per_rank=learner_bytes(recipe, parameters, hidden, layers, vocabulary) / GIB,
+        rollout_gib_per_worker=parameters * BYTES[rollouts.dtype or learner.dtype] / GIB
+        + (rollouts.kv_cache_gib if rollouts.device == "cpu" else 0.0),
+    )
+
+
+def model_size(path: str) -> tuple[int, int, int, int]:
+    """Parameters, hidden size, layers, vocabulary; no weights are read."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    return parameters, config.hidden_size, config.num_hidden_layers, config.vocab_size
+
+
+def learner_bytes(
+    recipe: Recipe, parameters: int, hidden: int, layers: int, vocabulary: int
+) -> float:
+    """Weights, gradients, master weights with Adam moments, activations and one chunk of logits."""
+    learner = recipe.learner
+    ranks, stage, width = learner.num_workers, learner.zero_stage, BYTES[learner.dtype]
+    trained = parameters if learner.lora is None else parameters // 50
+    weights = parameters * width / (ranks if stage == 3 else 1)
+    gradients = trained * 4 / (ranks if stage >= 2 else 1)
+    master = 4 if learner.dtype == "bfloat16" or stage else 0
+    optimizer = trained * (8 + master) / (ranks if stage >= 1 else 1)
+    # About 16 hidden-sized tensors a layer live until the backward pass (2 with checkpointing).
+    kept = 2 if learner.gradient_checkpointing else 16
+    activations = learner.max_tokens_per_micro_batch * hidden * layers * kept * width
+    logits = 3 * 4 * learner.logit_chunk_tokens * vocabulary
+    return weights + gradients + optimizer + activations + logits

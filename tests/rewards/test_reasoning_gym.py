@@ -1,0 +1,95 @@
+"""Reward `reasoning_gym`: the data sets' own scores, and the extraction rule."""
+
+from typing import Any
+
+import pytest
+import reasoning_gym
+from reasoning_gym.factory import DATASETS
+
+from plait.engine.types import Prompt, Score, ScoreStatus
+from plait.rewards.reasoning_gym import extract, grade_reasoning_gym
+
+from .conftest import MakeScorer, make_prompt, score_texts
+
+
+def make_item(dataset: str, **config: Any) -> Prompt:
+    entry = reasoning_gym.create_dataset(dataset, seed=3, size=1, **config)[0]
+    item = {"dataset": dataset, "entry": entry, "config": config}
+    return make_prompt(answer=entry["answer"], metadata={"reasoning_gym": item})
+
+
+def test_gold_scores_1_and_an_empty_answer_does_not_in_every_data_set() -> None:
+    tested = 0
+    for dataset in sorted(DATASETS.keys() - {"composite"}):
+        prompt = make_item(dataset)
+        if prompt.answer is None:  # a few items only come with a checker
+            continue
+        gold = grade_reasoning_gym(prompt, f"I think <answer>{prompt.answer}</answer>")
+        assert gold == Score.ok(1.0), dataset
+        wrong = grade_reasoning_gym(prompt, "no such answer")
+        assert wrong.reward is not None, dataset
+        tested += 1
+    assert tested >= 95
+
+
+@pytest.mark.parametrize("dataset", ["chain_sum", "countdown", "knights_knaves", "gsm_symbolic"])
+@pytest.mark.parametrize(
+    "form", ["{}", "thinking\n\n{}\n", r"so \boxed{{{}}} .", "<answer> {} </answer> and more"]
+)
+def test_forms_of_the_gold_answer(dataset: str, form: str) -> None:
+    prompt = make_item(dataset)
+    assert grade_reasoning_gym(prompt, form.format(prompt.answer)) == Score.ok(1.0)
+
+
+@pytest.mark.parametrize(
+    ("completion", "gold", "answer"),
+    [
+        (r"<answer>1</answer> \boxed{2}", "2", "2"),
+        ("<answer>1</answer> <answer>\n2 </answer>\n3", "2", "2"),
+        ("a\nb\n\n", "b", "b"),
+        ("a\nb\n", "a\nb", "a\nb"),
+        ("", "a", ""),
+        (r"\boxed{\text{yes}}", "yes", "yes"),
+    ],
+)
+def test_extraction(completion: str, gold: str, answer: str) -> None:
+    assert extract(completion, {"answer": gold}) == answer
+
+
+def test_partial_credit_is_the_data_sets() -> None:
+    prompt = make_item("chain_sum")
+    score = grade_reasoning_gym(prompt, f"it is {prompt.answer}")
+    assert score.reward is not None
+    assert 0 < score.reward < 1
+
+
+def test_a_scorer_that_raises_on_a_malformed_answer_means_wrong() -> None:
+    prompt = make_item("prime_factorization")
+    assert grade_reasoning_gym(prompt, "no number") == Score.ok(0.0)
+
+
+def test_configuration_reaches_the_scorer() -> None:
+    entry = {"question": "", "answer": "1.25", "metadata": {}}
+    rewards = []
+    for digits in (1, 6):
+        config = {"min_num_decimal_places": 1, "max_num_decimal_places": digits}
+        item = {"dataset": "decimal_arithmetic", "entry": entry, "config": config}
+        prompt = make_prompt(metadata={"reasoning_gym": item})
+        rewards.append(grade_reasoning_gym(prompt, "1.3").reward)
+    assert rewards == [1.0, 0.0]
+
+
+def test_missing_metadata_is_unknown(make_scorer: MakeScorer) -> None:
+    score = grade_reasoning_gym(make_prompt(), "4")
+    assert score.status is ScoreStatus.UNKNOWN
+    assert 'metadata["reasoning_gym"]' in score.reason
+    item = {"dataset": "no_such_set", "entry": {"answer": "4"}}
+    prompt = make_prompt(metadata={"reasoning_gym": item})
+    (score,) = score_texts(make_scorer("reasoning_gym"), ["4"], prompt)
+    assert "Dataset 'no_such_set' not registered" in score.reason
+
+
+def test_through_the_scorer(make_scorer: MakeScorer) -> None:
+    prompt = make_item("knights_knaves")
+    scores = score_texts(make_scorer("reasoning_gym"), [str(prompt.answer), "?"], prompt)
+    assert [score.reward for score in scores] == [1.0, 0.0]
