@@ -70,7 +70,7 @@ class LearnerConfig(Section):
     max_tokens_per_micro_batch: int = Field(default=4096, ge=1)
     """Token budget of one forward pass; rows are packed into it and never split."""
     packing: bool = True
-    """false: one padded row per sequence instead (same gradients, more computation)."""
+    """false: one padded row per sequence and plain attention (same gradients; slower, for comparison)."""
     logit_chunk_tokens: int = Field(default=512, ge=1)
     """Logits exist for at most this many tokens at a time."""
     gradient_checkpointing: bool = False

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from math import ceil, cos, pi
+from math import ceil, cos, isfinite, pi
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -201,6 +201,31 @@ class LearnerWorker:
 
         Raises LearnerError naming the metric when the loss or a gradient is not finite; nothing is applied then.
         """
+        metrics = self._accumulate(micro_batches, loss_name, coefs)
+        grad_norm = self._apply(learning_rate)
+        return UpdateReport(loss_name, grad_norm, metrics, learning_rate)
+
+    def gradients(
+        self, micro_batches: Sequence[TrainBatch], loss_name: str, coefs: Mapping[str, float]
+    ) -> tuple[UpdateReport, dict[str, Tensor]]:
+        """The minibatch's gradient by parameter, full size on every rank; weights stay as they are.
+
+        For checks only: Adam's moments take a step of learning rate 0.
+        """
+        from deepspeed.utils import safe_get_full_grad
+
+        metrics = self._accumulate(micro_batches, loss_name, coefs)
+        found = {
+            name: safe_get_full_grad(parameter).clone()
+            for name, parameter in self.engine.module.named_parameters()
+            if parameter.requires_grad
+        }
+        return UpdateReport(loss_name, self._apply(0.0), metrics, 0.0), found
+
+    def _accumulate(
+        self, micro_batches: Sequence[TrainBatch], loss_name: str, coefs: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Forward and backward of every micro-batch; metrics summed over micro-batches and ranks."""
         loss_fn, needs = self.losses[loss_name], self.needs[loss_name]
         totals: dict[str, Tensor] = {}
         for i, micro_batch in enumerate(micro_batches):
@@ -212,20 +237,17 @@ class LearnerWorker:
                 batch = replace(batch, old_logprobs=logprobs.detach())
             result = loss_fn(PolicyOutput(logprobs, entropy), batch, coefs)
             self.engine.backward(result.loss * self.rank.world_size, scale_wrt_gas=False)
-            measured = {"loss": result.loss.detach(), **result.metrics, **self._diagnostics(batch)}
+            measured = {"loss": result.loss, **result.metrics, **self._diagnostics(batch)}
             for name, value in measured.items():
                 totals[name] = totals.get(name, 0) + value.detach().double()
-        metrics = self._sum_over_ranks(totals)
-        bad = [
-            name for name, value in metrics.items() if value != value or abs(value) == float("inf")
-        ]
+        sums = self._sum_over_ranks(totals)
+        bad = [name for name, value in sums.items() if not isfinite(value)]
         if bad:
             raise LearnerError(
                 f"update {loss_name!r}: {', '.join(bad)} not finite; the step was not applied. "
-                "Look at the batch with `plait plan`, lower learner.learning_rate, or clip the ratio"
+                "Lower learner.learning_rate, or bound the ratio (algorithm.clip_high, dual_clip)"
             )
-        grad_norm = self._apply(learning_rate)
-        return UpdateReport(loss_name, grad_norm, derived_metrics(metrics), learning_rate)
+        return derived_metrics(sums)
 
     def _diagnostics(self, batch: TrainBatch) -> dict[str, Tensor]:
         """Sums over this micro-batch that `derived_metrics` turns into metrics once they are added over ranks.

@@ -178,7 +178,7 @@ def load_model(path: str, config: LearnerConfig) -> nn.Module:
 def attention_implementation(config: LearnerConfig) -> str:
     """Name under which transformers finds the attention function."""
     if not config.packing:
-        return "sdpa"
+        return "eager"  # the plain formula, which every family supports: "sdpa" drops Gemma 2's soft cap
     if config.attention != "auto":
         return SEGMENTS if config.attention == "segments" else config.attention
     return "flash_attention_2" if config.device == "cuda" else SEGMENTS

@@ -1,0 +1,38 @@
+"""Fixtures that several folders share; heavy ones live as long as the session."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A random two-layer Llama with tied embeddings and its tokenizer."""
+    from tiny_model import make_tiny_model
+
+    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture(scope="session")
+def ray_session():
+    """One local Ray cluster for all tests that need one."""
+    from plait.launch.cluster import ray_cluster
+
+    with ray_cluster():
+        yield
+
+
+def pytest_collection_modifyitems(items) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no NVIDIA GPU on this machine")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)

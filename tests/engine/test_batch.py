@@ -1,0 +1,112 @@
+"""Cutting a batch never loses, repeats or reorders a token."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from plait.engine.batch import blank, collate, count, pack, partition, select, shard, split_minibatches
+from plait.engine.types import Source
+from rows import make_rows
+
+LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40)
+
+
+def test_rows_lie_end_to_end():
+    rows = make_rows("pe")
+    batch = collate(rows)
+    n = len(rows[0])
+    assert batch.row_starts.tolist() == [0, n, n + len(rows[1])]
+    assert batch.position_ids.tolist() == [*range(n), *range(len(rows[1]))]
+    assert batch.input_ids.tolist() == [*rows[0].token_ids, *rows[1].token_ids]
+    assert batch.rewards[0] == 0.0
+    assert batch.rewards[1].isnan(), "a row that was never scored has no reward"
+
+
+def test_counts_are_by_source():
+    batch = collate(make_rows("ppehe"))
+    denom = batch.denom
+    assert denom.policy_rows == 3
+    assert denom.expert_rows == 3, "a hybrid row counts for both sources"
+    assert denom.rows == 5
+    assert denom.policy_tokens + denom.expert_tokens == denom.tokens
+    assert denom.tokens == int((batch.source != Source.CONTEXT).sum())
+
+
+def test_zero_weights_leave_the_counts():
+    rows = make_rows("pe")
+    rows[1].weights[:] = 0
+    assert collate(rows).denom.expert_tokens == 0
+
+
+@pytest.mark.parametrize("bad", ["empty", "trained first token"])
+def test_unusable_rows_are_refused(bad):
+    (row,) = make_rows("p")
+    if bad == "empty":
+        row = type(row)(*([np.zeros(0)] * 5), group_id="g")
+        with pytest.raises(ValueError, match="no tokens"):
+            collate([row])
+    else:
+        row.source[0] = Source.POLICY
+        with pytest.raises(ValueError, match="must start with context"):
+            collate([row])
+
+
+def test_select_takes_rows_with_all_their_columns():
+    batch = collate(make_rows("pephe"))
+    part = select(batch, [3, 1])
+    rows = batch.row_ids
+    wanted = torch.cat([batch.input_ids[rows == 3], batch.input_ids[rows == 1]])
+    assert torch.equal(part.input_ids, wanted)
+    assert part.num_rows == 2
+    assert part.rewards[0] == 1.0
+    assert part.denom == batch.denom, "denominators stay those of the whole"
+    assert select(batch, []).num_rows == 0
+
+
+def test_a_blank_batch_trains_nothing():
+    batch = collate(make_rows("pe"))
+    empty = blank(select(batch, []))
+    assert empty.num_rows == 1
+    assert not empty.trained.any()
+
+
+@given(LENGTHS, st.integers(1, 4))
+def test_shards_cover_all_rows_and_balance(lengths, ranks):
+    parts = shard(lengths, ranks)
+    assert sorted(row for part in parts for row in part) == list(range(len(lengths)))
+    loads = [sum(lengths[row] for row in part) for part in parts]
+    assert max(loads) - min(loads) <= max(lengths)
+
+
+@given(LENGTHS, st.integers(50, 120))
+def test_packs_respect_the_budget(lengths, budget):
+    bins = pack(lengths, budget)
+    assert sorted(row for rows in bins for row in rows) == list(range(len(lengths)))
+    assert all(sum(lengths[row] for row in rows) <= budget for rows in bins)
+
+
+def test_a_row_beyond_the_budget_is_named():
+    with pytest.raises(ValueError, match="a row of 9 tokens exceeds"):
+        pack([3, 9], 8)
+
+
+@given(st.text("peh", min_size=1, max_size=12), st.integers(1, 3), st.integers(20, 60))
+def test_every_rank_has_as_many_micro_batches(kinds, ranks, budget):
+    batch = collate(make_rows(kinds))
+    plans = partition(batch, ranks, budget)
+    assert len({len(plan) for plan in plans}) == 1
+    rows = sorted(row for plan in plans for micro_batch in plan for row in micro_batch)
+    assert rows == list(range(batch.num_rows))
+
+
+@given(st.integers(1, 4), st.integers(0, 5))
+def test_minibatches_keep_groups_whole_and_deal_experts_out(num, seed):
+    batch = collate(make_rows("pp" * 4 + "ee" * 4))
+    parts = split_minibatches(batch, num, seed)
+    assert sorted(row for part in parts for row in part) == list(range(batch.num_rows))
+    for part in parts:
+        groups = batch.group_ids[part].tolist()
+        assert all(groups.count(group) == 2 for group in groups)
+        counted = count(select(batch, part))
+        assert abs(counted.policy_rows - counted.expert_rows) <= 2
