@@ -27,11 +27,11 @@ class Tolerance:
     def for_dtype(cls, rollout_dtype: str) -> Tolerance:
         """float32 agrees to 1e-6 (Llama, Qwen) or 5e-4 (Gemma 2, other tanh kernels); a stale head is off by 0.3.
 
-        bfloat16 rounds each layer differently in each engine: 0.1-0.3 on single tokens is normal and grows with a
-        token's surprise, while the mean stays near 0.01. So the mean is the sharp bound and the maximum a coarse one;
-        small staleness is found by `ServedProof.stale`, which compares exactly.
+        bfloat16 rounds each layer differently in each engine. Measured on SmolLM2 at temperature 1: 0.05-0.08 on
+        average, 0.45 on the worst of 250 tokens. Small staleness is not for log-probs to find, but for
+        `ServedProof.stale`, which compares exactly.
         """
-        return cls(5e-3, 1e-3) if rollout_dtype == "float32" else cls(1.0, 0.05)
+        return cls(5e-3, 1e-3) if rollout_dtype == "float32" else cls(2.0, 0.2)
 
 
 @dataclass(frozen=True, slots=True)
