@@ -15,6 +15,8 @@ from .errors import LearnerError
 from .learner import LearnerWorker, Rank, WeightRoute, free_port, learning_rate
 from .types import Source, TrainBatch, Update, UpdateReport
 
+CLOSE_SECONDS = 5.0
+
 
 class Ranks(Protocol):
     """Calls a method of every learner worker, each with its own arguments."""
@@ -100,19 +102,17 @@ class RayRanks:
             except ray.exceptions.RayActorError as error:
                 raise LearnerError(f"learner rank {refs.index(done[0])} died: {error}") from error
             except ray.exceptions.RayTaskError as error:
-                raise error.cause from None
+                raise error.cause or error from None
         return ray.get(refs)
 
     def close(self) -> None:
+        """Let every rank clean up for a moment, then end it; never blocks for long."""
         import ray
 
-        try:
-            self.call("close", [()] * self.world_size)
-        except LearnerError:
-            pass  # a dead rank has nothing left to close
-        finally:
-            for worker in self.workers:
-                ray.kill(worker)
+        refs = [worker.call.remote("close") for worker in self.workers]
+        ray.wait(refs, num_returns=len(refs), timeout=CLOSE_SECONDS)
+        for worker in self.workers:
+            ray.kill(worker)
 
 
 class RemoteLearner:

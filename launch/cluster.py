@@ -22,7 +22,6 @@ ALLOCATOR = {
 @contextmanager
 def ray_cluster() -> Iterator[None]:
     """Ray is up inside; a cluster that was started here ends with it."""
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ["PYTHONPATH"] = python_path()
     import ray
 
@@ -39,10 +38,10 @@ def ray_cluster() -> Iterator[None]:
 
 
 def python_path() -> str:
-    """What workers need to import plait and the user's own modules as the driver does."""
+    """What workers need to import this very plait, installed or not. Ray itself adds the driver's folder."""
     package = str(Path(plait.__path__[0]).parent)
     known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    return os.pathsep.join(dict.fromkeys(p for p in (package, *known, os.getcwd()) if p))
+    return os.pathsep.join(dict.fromkeys(p for p in (package, *known) if p))
 
 
 def learner_env() -> dict[str, str]:

@@ -163,7 +163,13 @@ def composed(inputs: Inputs, folder: Path) -> Iterator[Any]:
         )
         stack.callback(ranks.close)
         dtype = recipe.rollouts.dtype or recipe.learner.dtype
-        pool = Pool(model_path, recipe.rollouts, dtype=dtype, seed=recipe.run.seed)
+        pool = Pool(
+            model_path,
+            recipe.rollouts,
+            dtype=dtype,
+            seed=recipe.run.seed,
+            stop_token_ids=[data.end_token_id],
+        )
         stack.callback(pool.close)
         ranks.wait_started()
         learners = LearnerGroup(
@@ -216,7 +222,7 @@ def load_prompts(inputs: Inputs, model_path: str) -> Any:
     from ..rollouts.data import load_data
 
     recipe = inputs.recipe
-    return load_data(
+    data = load_data(
         recipe.data,
         AutoTokenizer.from_pretrained(model_path),
         num_eval=recipe.eval.num_prompts,
@@ -224,6 +230,15 @@ def load_prompts(inputs: Inputs, model_path: str) -> Any:
         max_response_length=recipe.rollouts.max_response_length,
         records=inputs.records,
     )
+    for path, wanted, there in (
+        ("loop.prompts_per_step", recipe.loop.prompts_per_step, data.num_prompts),
+        ("algorithm.expert_rows_per_step", inputs.algorithm.expert_rows_per_step, data.num_experts),
+    ):
+        if wanted > there:
+            raise ConfigError.at(
+                path, wanted, f"only {there} such prompts are left:\n{data.report}"
+            )
+    return data
 
 
 def probe_sequences(data: Any) -> list[list[int]]:
@@ -266,7 +281,13 @@ def evaluate(recipe: Recipe, model_path: str) -> dict[str, Any]:
         data = load_prompts(inputs, model_path)
         stack.enter_context(ray_cluster())
         dtype = recipe.rollouts.dtype or recipe.learner.dtype
-        pool = Pool(model_path, recipe.rollouts, dtype=dtype, seed=recipe.run.seed)
+        pool = Pool(
+            model_path,
+            recipe.rollouts,
+            dtype=dtype,
+            seed=recipe.run.seed,
+            stop_token_ids=[data.end_token_id],
+        )
         stack.callback(pool.close)
         limit = recipe.eval.max_response_length or recipe.rollouts.max_response_length
         sampling = Sampling(limit, recipe.eval.temperature)

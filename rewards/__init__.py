@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..engine.contracts import RewardFn
 
 REWARDS: "dict[str, str | RewardFn]" = {
+    "boxed_math": "plait.rewards.math:grade_boxed_math",
     "exact": "plait.rewards.exact:grade_exact",
     "math": "plait.rewards.math:grade_math",
     "reasoning_gym": "plait.rewards.reasoning_gym:grade_reasoning_gym",

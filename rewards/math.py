@@ -1,9 +1,9 @@
-r"""Reward `math`: 1 when the completion's final expression equals the prompt's answer, graded by math-verify, else 0.
+r"""Rewards `math` and `boxed_math`: 1 when the final expression equals the prompt's answer by math-verify, else 0.
 
 Extraction rule. Of the completion: the last closed \boxed{...}; without one, what math-verify's default
 configuration finds (an expression after "final answer is" or "answer:", else the last LaTeX or plain number). Of the
 prompt's answer: its last \boxed{...}; else, where it contains $...$, \(...\) or \[...\], what math-verify finds in
-it; else all of it.
+it; else all of it. `boxed_math` takes a \boxed{...} only, for prompts that ask for one: an answer without it is wrong.
 
 Nothing parsable in the completion is a wrong answer. An answer that cannot be parsed makes the score UNKNOWN: nobody
 can be right or wrong against it. Words parse as products of letters ("lube" equals "blue"): use `exact` for those.
@@ -38,6 +38,12 @@ def grade_math(prompt: Prompt, completion: str) -> Score:
     boxed = last_boxed(completion)
     given = _parse(completion if boxed is None else rf"\boxed{{{boxed}}}")
     return Score.ok(verify(gold, given, timeout_seconds=None))
+
+
+def grade_boxed_math(prompt: Prompt, completion: str) -> Score:
+    """As grade_math, but a completion without a closed \\boxed{...} is wrong."""
+    score = grade_math(prompt, completion)
+    return Score.ok(0.0) if score.reward is not None and last_boxed(completion) is None else score
 
 
 @lru_cache(maxsize=4096)

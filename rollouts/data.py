@@ -110,6 +110,8 @@ class Data:
     """Implements `engine.contracts.DataSource`."""
 
     eval_prompts: Sequence[Prompt]
+    end_token_id: int
+    """The token that ends a demonstration, and should end a sample."""
 
     def __init__(
         self,
@@ -117,8 +119,10 @@ class Data:
         eval_prompts: Sequence[Prompt],
         seed: int,
         report: DataReport,
+        end_token_id: int,
     ) -> None:
         self.eval_prompts = eval_prompts
+        self.end_token_id = end_token_id
         self.report = report
         self._train = train
         self._experts = [i for i, row in enumerate(train) if row.demonstrations]
@@ -161,6 +165,10 @@ class Data:
             )
         rows = self._expert_stream.take(n) if n else []
         return [self._train[self._experts[row]].to_prompt() for row in rows]
+
+    def peek(self, n: int) -> Sequence[Prompt]:
+        """Some training prompts; the streams do not move."""
+        return [row.to_prompt() for row in self._train[:n]]
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -225,7 +233,8 @@ def load_data(
     if not train or (records.held_out and not held_out):
         kind = "training" if not train else "held-out"
         raise DataError(f"no {kind} prompt is left:\n{report}")
-    return Data(train, tuple(row.to_prompt() for row in held_out), config.seed, report)
+    eval_prompts = tuple(row.to_prompt() for row in held_out)
+    return Data(train, eval_prompts, config.seed, report, chat.end_id)
 
 
 def _encode(

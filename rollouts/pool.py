@@ -46,18 +46,27 @@ class Pool:
     """
 
     def __init__(
-        self, model_path: str, config: RolloutConfig, *, dtype: str, seed: int, version: int = 0
+        self,
+        model_path: str,
+        config: RolloutConfig,
+        *,
+        dtype: str,
+        seed: int,
+        version: int = 0,
+        stop_token_ids: Sequence[int] = (),
     ) -> None:
         """Start all workers in parallel. RolloutError names the one that failed or missed the deadline.
 
-        `dtype` is the rollouts' own or the learner's; `version` that of the weights in `model_path`.
+        `dtype` is the rollouts' own or the learner's; `version` that of the weights in `model_path`;
+        `stop_token_ids` end a response beside the model's own end-of-sequence tokens.
         """
         self._config = config
         self._seed = seed
         actor = ray.remote(RolloutWorker).options(**_actor_options(config))
         names = [f"rollout-{number}" for number in range(config.num_workers)]
         self._members = [
-            _Member(name, actor.remote(name, model_path, config, dtype, version)) for name in names
+            _Member(name, actor.remote(name, model_path, config, dtype, version, stop_token_ids))
+            for name in names
         ]
         try:
             self._call_all("start", (), config.start_timeout_seconds)

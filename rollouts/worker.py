@@ -59,9 +59,18 @@ def sample_seed(run_seed: int, step: int, prompt_id: str, index: int) -> int:
 
 class RolloutWorker:
     def __init__(
-        self, name: str, model_path: str, config: RolloutConfig, dtype: str, version: int = 0
+        self,
+        name: str,
+        model_path: str,
+        config: RolloutConfig,
+        dtype: str,
+        version: int = 0,
+        stop_token_ids: Sequence[int] = (),
     ) -> None:
-        """`version` is the policy version of the weights in the folder `model_path`."""
+        """`version` is the policy version of the weights in the folder `model_path`; `stop_token_ids` end a response
+        beside the end-of-sequence tokens of the model's generation config.
+        """
+        self._stop_token_ids = list(stop_token_ids)
         self._name = name
         self._model_path = model_path
         self._config = config
@@ -115,6 +124,7 @@ class RolloutWorker:
             temperature=task.sampling.temperature,
             top_p=task.sampling.top_p,
             seed=task.seed,
+            stop_token_ids=self._stop_token_ids,
             logprobs=0,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,

@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import numpy as np
+
 from plait.launch.golden import run_loss
 
 VOCABULARY = 6

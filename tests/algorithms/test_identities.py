@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+
 from cases import assert_same, changed, on_policy, random_case, solve
 from plait.algorithms.advantages import estimate_advantages
 
@@ -153,7 +154,9 @@ def test_38_gradients_sum_to_zero_over_the_vocabulary(algorithm, config):
 @pytest.mark.parametrize("normalizer", ["tokens", "rows", "constant"])
 @pytest.mark.parametrize(("algorithm", "config"), ALGORITHMS.items())
 def test_any_split_into_micro_batches_is_the_same(algorithm, config, normalizer):
-    case = random_case(5, algorithm, **{**config, "normalizer": normalizer, "max_response_length": 7})
+    case = random_case(
+        5, algorithm, **{**config, "normalizer": normalizer, "max_response_length": 7}
+    )
     splits = [
         [[0], [1], [2], [3], [4], [5]],
         [[0, 1], [2, 3], [4, 5]],

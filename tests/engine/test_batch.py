@@ -5,9 +5,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from plait.engine.batch import blank, collate, count, pack, partition, select, shard, split_minibatches
-from plait.engine.types import Source
 from rows import make_rows
+
+from plait.engine.batch import (
+    blank,
+    collate,
+    count,
+    pack,
+    partition,
+    select,
+    shard,
+    split_minibatches,
+)
+from plait.engine.types import Source
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 

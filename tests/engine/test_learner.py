@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rows import make_rows
+
 from plait.algorithms import Setup
 from plait.algorithms.chord import Chord, ChordConfig
 from plait.engine.batch import collate, select
@@ -13,11 +15,10 @@ from plait.engine.config import LearnerConfig, LoraConfig
 from plait.engine.learner import LearnerWorker, Rank, learning_rate
 from plait.engine.learners import RemoteLearner
 from plait.engine.types import Sampling
-from rows import make_rows
 
 KINDS = "ppephe"
-EVERYTHING = {"entropy_coef": 0.01, "kl_coef": 0.05, "sampler_ratio_cap": 2.0}
-ALGORITHM = Chord(ChordConfig(**EVERYTHING), Setup(Sampling(16)))
+EVERYTHING = ChordConfig(entropy_coef=0.01, kl_coef=0.05, sampler_ratio_cap=2.0)
+ALGORITHM = Chord(EVERYTHING, Setup(Sampling(16)))
 COEFS = {"mu": 0.4}
 CUTS = {
     "all": [[0, 1, 2, 3, 4, 5]],
@@ -157,7 +158,7 @@ def test_training_lowers_the_loss_and_survives_a_checkpoint(
     tiny_model, tmp_path, zero_stage, dtype
 ):
     if zero_stage == 0 and dtype == "bfloat16":
-        with pytest.raises(ValueError, match="needs learner.zero_stage"):
+        with pytest.raises(ValueError, match=r"needs learner\.zero_stage"):
             LearnerConfig(zero_stage=0, dtype="bfloat16")
         return
     config = LearnerConfig(zero_stage=zero_stage, dtype=dtype, learning_rate=1e-2)
@@ -205,7 +206,11 @@ def test_a_loss_that_is_not_finite_is_named_and_not_applied(tiny_model):
 
 @pytest.mark.parametrize(
     ("schedule", "expected"),
-    [("constant", [0.5, 1, 1, 1]), ("linear", [0.5, 1, 1, 0.875]), ("cosine", [0.5, 1, 1, 0.961940])],
+    [
+        ("constant", [0.5, 1, 1, 1]),
+        ("linear", [0.5, 1, 1, 0.875]),
+        ("cosine", [0.5, 1, 1, 0.961940]),
+    ],
 )
 def test_learning_rate_is_a_function_of_the_step(schedule, expected):
     config = LearnerConfig(learning_rate=1.0, schedule=schedule, warmup_ratio=0.2)

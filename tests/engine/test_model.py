@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from rows import make_rows
+
 from plait.engine.batch import collate, from_sequences
 from plait.engine.config import LearnerConfig
 from plait.engine.model import PolicyModel, load_model, token_logprobs, token_statistics
-from rows import make_rows
 from tiny_model import FAMILIES, make_tiny_model
 
 SEQUENCES = [[5, 9, 200, 31, 7, 8, 9, 10, 11, 12, 13, 14], [44, 3], [17, 18, 19, 20, 21]]
@@ -37,7 +38,9 @@ def test_log_probs_and_entropy_agree_with_the_plain_model(family, packing):
             expected, logits = plain_logprobs(plain, sequence)
             end = start + len(sequence)
             assert logprobs[start] == 0
-            torch.testing.assert_close(logprobs[start + 1 : end].double(), expected, atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                logprobs[start + 1 : end].double(), expected, atol=1e-5, rtol=0
+            )
             p = logits.softmax(-1)
             torch.testing.assert_close(
                 entropy[start + 1 : end].double(), -(p * p.log()).sum(-1), atol=1e-5, rtol=0

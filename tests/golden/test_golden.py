@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from plait.algorithms import ALGORITHMS, advantages, expert_losses, losses, schedules
 from plait.launch.golden import check_case, check_file
 
@@ -133,9 +134,7 @@ def test_wrong_sign_of_the_entropy_fails(monkeypatch):
 def test_other_kl_estimator_fails():
     case = NAMES["grpo/loss/kl, entropy, sampler correction, split"]
     for estimator in ("k1", "k2"):
-        assert not check_case(
-            {**case, "config": {**case["config"], "kl_estimator": estimator}}
-        ).ok
+        assert not check_case({**case, "config": {**case["config"], "kl_estimator": estimator}}).ok
 
 
 def test_linear_instead_of_cosine_decay_fails(monkeypatch):
