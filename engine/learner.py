@@ -125,12 +125,12 @@ class LearnerWorker:
             frozen = load_model(model_path, config.model_copy(update={"lora": None}))
             frozen.requires_grad_(False).eval().to(self.device)
             self.reference = PolicyModel(frozen, packing=config.packing, logit_chunk_tokens=chunk)
-        self.engine, _, _, _ = deepspeed.initialize(
+        self.engine: Any = deepspeed.initialize(
             model=policy,
             optimizer=make_optimizer(policy, config),
             config=deepspeed_config(config),
             dist_init_required=False,
-        )
+        )[0]
         self.sender: WeightSender | None = None
 
     def _join_ranks(self) -> None:

@@ -172,6 +172,8 @@ def composed(inputs: Inputs, folder: Path) -> Iterator[Any]:
         )
         stack.callback(pool.close)
         ranks.wait_started()
+        if scorer is not None:
+            scorer.wait_ready()
         learners = LearnerGroup(
             ranks,
             recipe.learner,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -95,8 +96,8 @@ def two_ranks(ray_session):
     """Two Ray actors that can be given one configuration after another."""
     import ray
 
-    actor = ray.remote(RemoteLearner).options(num_cpus=0)
-    workers = [actor.remote() for _ in range(2)]
+    actor: Any = ray.remote(RemoteLearner).options(num_cpus=0)  # pyright: ignore[reportAttributeAccessIssue]
+    workers: list[Any] = [actor.remote() for _ in range(2)]
     address, port = ray.get(workers[0].rendezvous.remote(), timeout=120)
 
     def start(model, config):

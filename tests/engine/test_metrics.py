@@ -1,0 +1,82 @@
+"""Numbers a run reports: UNKNOWN is beside them, never in them."""
+
+import json
+
+import pytest
+
+from plait.engine.checkpoint import RunState
+from plait.engine.metrics import (
+    RunLog,
+    evaluate_groups,
+    report_metrics,
+    rollout_metrics,
+    wilson_interval,
+)
+from plait.engine.types import Prompt, Rollout, RolloutGroup, Score, UpdateReport
+from plait.launch.console import PlainConsole
+
+PROMPT = Prompt("p", (), (1, 2))
+
+
+def group(*rewards):
+    rollouts = [
+        Rollout("p", i, (3,) * (i + 1), 0, (-1.0,) * (i + 1), 0, "length" if i else "stop", "")
+        for i in range(len(rewards))
+    ]
+    scores = [Score.unknown("slow") if r is None else Score.ok(r, {"form": r / 2}) for r in rewards]
+    return RolloutGroup(PROMPT, tuple(rollouts), tuple(scores))
+
+
+def test_accuracy_is_over_known_scores():
+    result = evaluate_groups([group(1.0, None), group(0.0, 1.0)])
+    assert result.accuracy == pytest.approx(2 / 3)
+    assert (result.num_scored, result.num_unknown, result.num_prompts) == (3, 1, 2)
+    assert result.low < 2 / 3 < result.high
+
+
+def test_an_evaluation_without_any_score_is_an_error():
+    with pytest.raises(ValueError, match="no known score"):
+        evaluate_groups([group(None)])
+
+
+def test_wilson_interval_is_the_textbook_one():
+    assert wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert wilson_interval(0, 10)[0] == 0
+
+
+def test_rollout_metrics():
+    metrics = rollout_metrics([group(1.0, 1.0), group(0.0, None)])
+    assert metrics["reward/mean"] == pytest.approx(2 / 3)
+    assert metrics["reward/unknown"] == 1
+    assert metrics["groups/all_correct"] == 0.5
+    assert metrics["groups/all_wrong"] == 0.5
+    assert metrics["rollouts/truncated"] == 0.5
+    assert metrics["tokens/generated"] == 6
+    assert metrics["reward/part/form"] == pytest.approx(1 / 3)
+    assert "reward/mean" not in rollout_metrics([group(None)]), "absent, not 0"
+
+
+def test_report_metrics_add_tokens_and_average_the_rest():
+    reports = [
+        UpdateReport("main", 1.0, {"loss": 2.0}, 0.1, {"policy": 3}),
+        UpdateReport("main", 3.0, {"loss": 4.0, "kl": 1.0}, 0.1, {"policy": 4}),
+        UpdateReport("sft", 5.0, {"loss": 1.0}, 0.1, {"expert": 2}),
+    ]
+    metrics = report_metrics(reports)
+    assert (metrics["tokens/policy"], metrics["tokens/expert"]) == (7, 2)
+    assert (metrics["main/loss"], metrics["main/grad_norm"], metrics["main/kl"]) == (3.0, 2.0, 1.0)
+    assert metrics["sft/loss"] == 1.0
+
+
+def test_a_resumed_log_forgets_what_lies_beyond_the_checkpoint(tmp_path, capsys):
+    lines = [{"step": step, "x": step} for step in (1, 2, 3)]
+    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "x"'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    log = RunLog(tmp_path, PlainConsole())
+    log.begin(RunState(step=2), 5)
+    log.step(RunState(step=3), [group(1.0)], {"reward/mean": 1.0})
+    log.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[2]["reward/mean"] == 1.0
+    assert "resuming after step 2 of 5" in capsys.readouterr().out
