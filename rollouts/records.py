@@ -123,7 +123,7 @@ class RowParser:
                 f"no row of {self._source} has it; columns: {', '.join(sorted(self._present))}",
             )
             for name in Columns.model_fields
-            if name in self._columns.model_fields_set
+            if getattr(self._columns, name) != Columns.model_fields[name].default
             and getattr(self._columns, name) not in self._present
         ]
         if missing:

@@ -49,17 +49,22 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+RAY_AGENTS = (b"ray::DashboardAgent", b"ray::RuntimeEnvAgent")
+"""Ray's own helpers notice the end of their cluster only after about a minute."""
+
+
 def processes_naming(text: str) -> list[int]:
-    """Processes whose command line or environment mentions `text`, this one and zombies left out."""
+    """Processes whose environment mentions `text`; this one, zombies and RAY_AGENTS left out."""
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         try:
             state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-            words = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
+            command = (entry / "cmdline").read_bytes()
+            environment = (entry / "environ").read_bytes()
         except (OSError, IndexError):
             continue  # it has ended meanwhile
-        if state != "Z" and text.encode() in words:
+        if state != "Z" and not command.startswith(RAY_AGENTS) and text.encode() in environment:
             found.append(int(entry.name))
     return found

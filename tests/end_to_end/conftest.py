@@ -17,4 +17,8 @@ def work_folder(tmp_path_factory, tiny_model) -> Path:
         for j in range(5)
     ]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # A random model never adds up; a reward that it sometimes earns makes groups with a signal.
+    (folder / "parity.py").write_text(
+        "def grade(prompt, completion):\n    return float(len(completion) % 2)\n"
+    )
     return folder
