@@ -19,6 +19,7 @@ app = typer.Typer(
     help="Hybrid post-training: expert tokens and verified samples in one run.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 check = typer.Typer(no_args_is_help=True, help="Proofs that need no cluster.")
