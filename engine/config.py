@@ -75,7 +75,7 @@ class LearnerConfig(Section):
     """Logits exist for at most this many tokens at a time."""
     gradient_checkpointing: bool = False
     attention: Literal["auto", "segments", "flash_attention_2"] = "auto"
-    """auto: flash_attention_2 on CUDA, plait's segment attention on CPU."""
+    """auto: flash_attention_2 on CUDA where flash-attn is installed, else plait's segment attention."""
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of all weights."""
     timeout_seconds: float = Field(default=1800.0, gt=0)

@@ -53,14 +53,16 @@ class RayRanks:
         losses: Mapping[str, LossFn],
         needs: Mapping[str, frozenset[Need]],
         env: Mapping[str, str],
+        gpu_share: float = 1.0,
     ) -> None:
+        """`gpu_share` is what a rank claims of its GPU: less than 1 where a rollout worker lives there too."""
         import ray
 
         self.world_size = config.num_workers
         self.timeout = config.timeout_seconds
         options = {
             "num_cpus": 0,
-            "num_gpus": 1 if config.device == "cuda" else 0,
+            "num_gpus": gpu_share if config.device == "cuda" else 0,
             "runtime_env": {"env_vars": {**env, "OMP_NUM_THREADS": str(config.num_cpus)}},
         }
         actor = ray.remote(RemoteLearner)

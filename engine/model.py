@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
+from transformers.utils import is_flash_attn_2_available
 
 from .attention import SEGMENTS
 from .config import LearnerConfig
@@ -181,7 +182,8 @@ def attention_implementation(config: LearnerConfig) -> str:
         return "eager"  # the plain formula, which every family supports: "sdpa" drops Gemma 2's soft cap
     if config.attention != "auto":
         return SEGMENTS if config.attention == "segments" else config.attention
-    return "flash_attention_2" if config.device == "cuda" else SEGMENTS
+    flash = config.device == "cuda" and is_flash_attn_2_available()
+    return "flash_attention_2" if flash else SEGMENTS
 
 
 def full_weights(model: nn.Module, zero_stage: int) -> Iterator[tuple[str, Tensor]]:

@@ -78,14 +78,14 @@ class PlainConsole:
 class TerminalConsole:
     """A progress bar with the phase that runs now, step lines scrolling above it."""
 
-    def __init__(self) -> None:
+    def __init__(self, console: Console | None = None) -> None:
         self.progress_view = Progress(
             TextColumn("[bold]{task.fields[phase]}"),
             BarColumn(),
             TextColumn("{task.completed:.0f}/{task.total:.0f} steps  {task.fields[detail]}"),
             TimeElapsedColumn(),
             TextColumn("left {task.fields[left]}"),
-            console=Console(highlight=False),
+            console=console or Console(highlight=False),
         )
 
     def begin(self, step: int, steps: int) -> None:

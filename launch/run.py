@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -145,22 +146,24 @@ def composed(inputs: Inputs, folder: Path) -> Iterator[Any]:
     model_path = resolve_model(recipe.model.path)
     with ExitStack() as stack:
         scorer = start_scorer(recipe, folder, stack)
-        data = load_prompts(inputs, model_path)
+        # Ray needs seconds to come up and mostly waits; meanwhile the tokenizer is imported and the data encoded.
+        loading = stack.enter_context(ThreadPoolExecutor(1)).submit(
+            load_prompts, inputs, model_path
+        )
 
         from ..engine.checkpoint import Checkpoints
         from ..engine.learner import WeightRoute
-        from ..engine.learners import LearnerGroup, RayRanks
+        from ..engine.learners import LearnerGroup
         from ..engine.loop import Parts
         from ..engine.metrics import RunLog
         from ..engine.sync_proof import Tolerance
         from ..rollouts.pool import Pool
-        from .cluster import learner_env, ray_cluster
+        from .cluster import ray_cluster
         from .console import make_console
 
         stack.enter_context(ray_cluster())
-        ranks = RayRanks(
-            model_path, recipe.learner, algorithm.losses, algorithm.needs, learner_env()
-        )
+        data = loading.result()
+        ranks = start_ranks(recipe, algorithm, model_path)
         stack.callback(ranks.close)
         dtype = recipe.rollouts.dtype or recipe.learner.dtype
         pool = Pool(
@@ -201,6 +204,21 @@ def composed(inputs: Inputs, folder: Path) -> Iterator[Any]:
             probes=probe_sequences(data),
             tolerance=Tolerance.for_dtype(coarser(dtype, recipe.learner.dtype)),
         )
+
+
+def start_ranks(recipe: Recipe, algorithm: AlgorithmBase, model_path: str) -> Any:
+    """Learner ranks, loading in the background."""
+    from ..engine.learners import RayRanks
+    from .cluster import learner_env
+
+    return RayRanks(
+        model_path,
+        recipe.learner,
+        algorithm.losses,
+        algorithm.needs,
+        learner_env(),
+        recipe.rollouts.gpu_share,
+    )
 
 
 def coarser(one: str, other: str) -> str:
@@ -304,8 +322,7 @@ def evaluate(recipe: Recipe, model_path: str) -> dict[str, Any]:
 def export(recipe: Recipe, output: Path) -> Path:
     """Write the latest checkpoint of a run as safetensors."""
     from ..engine.checkpoint import Checkpoints
-    from ..engine.learners import RayRanks
-    from .cluster import learner_env, ray_cluster
+    from .cluster import ray_cluster
 
     latest = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint).latest()
     if latest is None:
@@ -313,9 +330,7 @@ def export(recipe: Recipe, output: Path) -> Path:
     algorithm = recipe.build_algorithm()
     model_path = resolve_model(recipe.model.path)
     with ray_cluster():
-        ranks = RayRanks(
-            model_path, recipe.learner, algorithm.losses, algorithm.needs, learner_env()
-        )
+        ranks = start_ranks(recipe, algorithm, model_path)
         try:
             ranks.wait_started()
             everyone = range(ranks.world_size)

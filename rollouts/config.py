@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..engine.config import Section
 
@@ -35,6 +35,20 @@ class RolloutConfig(Section):
     sample_timeout_seconds: float = Field(default=600.0, gt=0)
     """Deadline of the wait for the next finished sample."""
     sync_timeout_seconds: float = Field(default=300.0, gt=0)
+
+    @model_validator(mode="after")
+    def _ipc_shares_one_gpu(self) -> "RolloutConfig":
+        if self.weight_sync == "ipc" and self.tensor_parallel_size > 1:
+            raise ValueError(
+                f"rollouts.tensor_parallel_size = {self.tensor_parallel_size} does not work with "
+                "rollouts.weight_sync = ipc, where learner and rollouts share one GPU; use nccl"
+            )
+        return self
+
+    @property
+    def gpu_share(self) -> float:
+        """What learner and rollouts each claim of a GPU: half where they share one."""
+        return 0.5 if self.weight_sync == "ipc" else 1.0
 
 
 class DataSection(Section):

@@ -154,7 +154,9 @@ def _actor_options(config: RolloutConfig) -> dict[str, Any]:
     """
     return {
         "num_cpus": 0,
-        "num_gpus": config.tensor_parallel_size if config.device == "cuda" else 0,
+        "num_gpus": config.tensor_parallel_size * config.gpu_share
+        if config.device == "cuda"
+        else 0,
         "max_concurrency": 2 * config.max_num_seqs + 8,
         "runtime_env": {"env_vars": environment(config)},
     }

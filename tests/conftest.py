@@ -23,6 +23,9 @@ def ray_session():
     """One local Ray cluster for all tests that need one."""
     from plait.launch.cluster import ray_cluster
 
+    # Workers import the classes that tests define.
+    known = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), known])
     with ray_cluster():
         yield
 

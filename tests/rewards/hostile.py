@@ -45,7 +45,7 @@ def flood():
 
 
 def scribble():
-    for fd in range(3, 64):
+    for fd in range(3, 4096):
         try:
             os.write(fd, b"\xff" * 64)
         except OSError:
@@ -104,7 +104,7 @@ ACTIONS = {
     "raise": lambda: throw(ValueError("no good")),
     "recurse": recurse,
     "flood": flood,
-    "close_pipes": lambda: os.closerange(3, 256),
+    "close_pipes": lambda: os.closerange(3, 4096),
     "close_standard": close_standard,
     "scribble": scribble,
     "leave_processes": leave_processes,

@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import math_verify
 import pytest
 
-from plait.engine.types import Score, ScoreStatus
+from plait.engine.types import Prompt, Score, ScoreStatus
 from plait.rewards.answers import last_boxed, plain
-from plait.rewards.math import grade_math
+from plait.rewards.math import grade_boxed_math, grade_math
 
 from .conftest import MakeScorer, make_prompt, score_texts
 
@@ -133,3 +133,19 @@ def test_last_boxed_and_plain() -> None:
     assert last_boxed(r"\boxed{" * 50_000) is None
     assert plain(r" \text{Paris} ") == "Paris"
     assert plain(r"\text{a} b") == r"\text{a} b"
+
+
+@pytest.mark.parametrize(
+    ("completion", "reward"),
+    [
+        ("so \\boxed{4}", 1.0),
+        ("\\boxed{5} no: \\boxed{4}", 1.0),
+        ("the final answer is 4", 0.0),
+        ("\\boxed{4", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_boxed_math_takes_boxes_only(completion: str, reward: float) -> None:
+    prompt = Prompt("p", (), (), answer="4")
+    assert grade_boxed_math(prompt, completion).reward == reward
+    assert grade_boxed_math(Prompt("p", (), ()), completion).reward is None

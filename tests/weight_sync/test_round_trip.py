@@ -57,7 +57,7 @@ class Sync:
 
 # A vocabulary that is no multiple of 64 is padded by vLLM; qwen2 has biases, and a head of its own here.
 @pytest.fixture(scope="module", params=["tied-llama", "untied-qwen2"])
-def sync(request, ray_cluster, tmp_path_factory) -> Iterator[Sync]:
+def sync(request, ray_session, tmp_path_factory) -> Iterator[Sync]:
     tied = request.param == "tied-llama"
     folder = tmp_path_factory.mktemp(request.param)
     opened = Sync(
@@ -121,7 +121,7 @@ def test_wrong_learner_is_noticed(sync: Sync) -> None:
 
 
 @pytest.fixture(scope="module")
-def forgetful(ray_cluster, tmp_path_factory) -> Iterator[Sync]:
+def forgetful(ray_session, tmp_path_factory) -> Iterator[Sync]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pool_module, "RolloutWorker", ForgetfulWorker)
         opened = Sync(write_model(tmp_path_factory.mktemp("forgetful"), "llama", tied=True))

@@ -128,7 +128,7 @@ class Receiver:
 
 
 @pytest.fixture
-def receiver(ray_cluster):
+def receiver(ray_session):
     import ray
 
     actors = []
