@@ -7,7 +7,6 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -93,9 +92,9 @@ def train(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> d
     inputs = check_inputs(recipe)
     folder = recipe.folder if resume else prepare_folder(recipe, overwrite=overwrite)
 
-    from ..engine.loop import train as run_loop
-
     with composed(inputs, folder) as parts:
+        from ..engine.loop import train as run_loop
+
         starting = time.perf_counter() - started
         state = run_loop(recipe.loop, recipe.eval, recipe.sampling, parts)
         with parts.log.phase("export"):
@@ -146,10 +145,14 @@ def composed(inputs: Inputs, folder: Path) -> Iterator[Any]:
     model_path = resolve_model(recipe.model.path)
     with ExitStack() as stack:
         scorer = start_scorer(recipe, folder, stack)
-        # Ray needs seconds to come up and mostly waits; meanwhile the tokenizer is imported and the data encoded.
-        loading = stack.enter_context(ThreadPoolExecutor(1)).submit(
-            load_prompts, inputs, model_path
-        )
+        from .cluster import ray_cluster
+
+        stack.enter_context(ray_cluster())
+        # Workers load in the background, vLLM first because it takes longest; meanwhile this process imports its own
+        # half and encodes the data.
+        pool = start_pool(recipe, model_path, stack)
+        ranks = start_ranks(recipe, algorithm, model_path)
+        stack.callback(ranks.close)
 
         from ..engine.checkpoint import Checkpoints
         from ..engine.learner import WeightRoute
@@ -157,23 +160,10 @@ def composed(inputs: Inputs, folder: Path) -> Iterator[Any]:
         from ..engine.loop import Parts
         from ..engine.metrics import RunLog
         from ..engine.sync_proof import Tolerance
-        from ..rollouts.pool import Pool
-        from .cluster import ray_cluster
         from .console import make_console
 
-        stack.enter_context(ray_cluster())
-        data = loading.result()
-        ranks = start_ranks(recipe, algorithm, model_path)
-        stack.callback(ranks.close)
-        dtype = recipe.rollouts.dtype or recipe.learner.dtype
-        pool = Pool(
-            model_path,
-            recipe.rollouts,
-            dtype=dtype,
-            seed=recipe.run.seed,
-            stop_token_ids=[data.end_token_id],
-        )
-        stack.callback(pool.close)
+        data = load_prompts(inputs, model_path)
+        pool.wait_started(stop_token_ids=[data.end_token_id])
         ranks.wait_started()
         if scorer is not None:
             scorer.wait_ready()
@@ -185,7 +175,7 @@ def composed(inputs: Inputs, folder: Path) -> Iterator[Any]:
             seed=recipe.run.seed,
             route=WeightRoute(
                 kind=recipe.rollouts.weight_sync,
-                dtype=dtype,
+                dtype=rollout_dtype(recipe),
                 timeout_seconds=recipe.rollouts.sync_timeout_seconds,
                 ranks_per_receiver=recipe.rollouts.tensor_parallel_size,
             ),
@@ -202,7 +192,7 @@ def composed(inputs: Inputs, folder: Path) -> Iterator[Any]:
             checkpoints=Checkpoints(folder / "checkpoints", recipe.checkpoint),
             log=log,
             probes=probe_sequences(data),
-            tolerance=Tolerance.for_dtype(coarser(dtype, recipe.learner.dtype)),
+            tolerance=Tolerance.for_dtype(coarser(rollout_dtype(recipe), recipe.learner.dtype)),
         )
 
 
@@ -219,6 +209,20 @@ def start_ranks(recipe: Recipe, algorithm: AlgorithmBase, model_path: str) -> An
         learner_env(),
         recipe.rollouts.gpu_share,
     )
+
+
+def start_pool(recipe: Recipe, model_path: str, stack: ExitStack) -> Any:
+    """Rollout workers, loading in the background; closed with `stack`."""
+    from ..rollouts.pool import Pool
+
+    dtype = rollout_dtype(recipe)
+    pool = Pool(model_path, recipe.rollouts, dtype=dtype, seed=recipe.run.seed)
+    stack.callback(pool.close)
+    return pool
+
+
+def rollout_dtype(recipe: Recipe) -> Any:
+    return recipe.rollouts.dtype or recipe.learner.dtype
 
 
 def coarser(one: str, other: str) -> str:
@@ -292,23 +296,15 @@ def evaluate(recipe: Recipe, model_path: str) -> dict[str, Any]:
 
     from ..engine.metrics import evaluate_groups
     from ..rewards.scorer import ProcessScorer
-    from ..rollouts.pool import Pool
     from .cluster import ray_cluster
 
     with ExitStack() as stack:
         scorer = ProcessScorer(recipe.reward, os.getcwd(), None)
         stack.callback(scorer.close)
-        data = load_prompts(inputs, model_path)
         stack.enter_context(ray_cluster())
-        dtype = recipe.rollouts.dtype or recipe.learner.dtype
-        pool = Pool(
-            model_path,
-            recipe.rollouts,
-            dtype=dtype,
-            seed=recipe.run.seed,
-            stop_token_ids=[data.end_token_id],
-        )
-        stack.callback(pool.close)
+        pool = start_pool(recipe, model_path, stack)
+        data = load_prompts(inputs, model_path)
+        pool.wait_started(stop_token_ids=[data.end_token_id])
         limit = recipe.eval.max_response_length or recipe.rollouts.max_response_length
         sampling = Sampling(limit, recipe.eval.temperature)
         requests = [

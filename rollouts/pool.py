@@ -53,23 +53,30 @@ class Pool:
         dtype: str,
         seed: int,
         version: int = 0,
-        stop_token_ids: Sequence[int] = (),
     ) -> None:
-        """Start all workers in parallel. RolloutError names the one that failed or missed the deadline.
+        """All workers start in parallel, in the background; `wait_started` tells when they are up.
 
-        `dtype` is the rollouts' own or the learner's; `version` that of the weights in `model_path`;
-        `stop_token_ids` end a response beside the model's own end-of-sequence tokens.
+        `dtype` is the rollouts' own or the learner's; `version` that of the weights in `model_path`.
         """
         self._config = config
         self._seed = seed
         actor = ray.remote(RolloutWorker).options(**_actor_options(config))
         names = [f"rollout-{number}" for number in range(config.num_workers)]
         self._members = [
-            _Member(name, actor.remote(name, model_path, config, dtype, version, stop_token_ids))
-            for name in names
+            _Member(name, actor.remote(name, model_path, config, dtype, version)) for name in names
         ]
+        self._deadline = time.monotonic() + config.start_timeout_seconds
+        self._starting = self._submit_all("start", ())
+        self._stop_token_ids: tuple[int, ...] = ()
+
+    def wait_started(self, stop_token_ids: Sequence[int] = ()) -> None:
+        """Block until every worker serves. RolloutError names the one that failed or missed the deadline.
+
+        `stop_token_ids` end a response beside the model's own end-of-sequence tokens.
+        """
+        self._stop_token_ids = tuple(stop_token_ids)
         try:
-            self._call_all("start", (), config.start_timeout_seconds)
+            self._gather(self._starting, "start", self._deadline)
         except RolloutError:
             self.close()
             raise
@@ -82,7 +89,7 @@ class Pool:
         RolloutError when a worker fails or dies, or when no sample finishes for `sample_timeout_seconds`. Leaving the
         iterator early aborts what is still in flight.
         """
-        queue = deque(task for request in requests for task in _tasks(request, self._seed, step))
+        queue = deque(task for request in requests for task in self._tasks(request, step))
         owed: dict[Any, _Owed] = {}
         try:
             while queue or owed:
@@ -133,18 +140,36 @@ class Pool:
             f"at rollout worker {oldest.member.name}, for {waited:.1f} s"
         )
 
+    def _tasks(self, request: RolloutRequest, step: int) -> Iterator[SampleTask]:
+        prompt = request.prompt
+        for index in range(request.first_index, request.first_index + request.n):
+            yield SampleTask(
+                prompt_id=prompt.prompt_id,
+                index=index,
+                prompt=prompt.token_ids,
+                prefix=request.prefix,
+                sampling=request.sampling,
+                seed=sample_seed(self._seed, step, prompt.prompt_id, index),
+                stop_token_ids=self._stop_token_ids,
+            )
+
     def _call_all(self, method: str, args: tuple[Any, ...], timeout: float) -> list[Any]:
         """One call to every worker at once; results in the workers' order. RolloutError names the failing worker."""
-        calls = {getattr(one.actor, method).remote(*args): one for one in self._members}
-        pending, deadline = list(calls), time.monotonic() + timeout
-        results: dict[str, Any] = {}
+        return self._gather(self._submit_all(method, args), method, time.monotonic() + timeout)
+
+    def _submit_all(self, method: str, args: tuple[Any, ...]) -> dict[Any, str]:
+        return {getattr(one.actor, method).remote(*args): one.name for one in self._members}
+
+    def _gather(self, calls: Mapping[Any, str], method: str, deadline: float) -> list[Any]:
+        pending = list(calls)
+        results: dict[Any, Any] = {}
         while pending:
             ready, pending = ray.wait(pending, timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
-                late = ", ".join(calls[ref].name for ref in pending)
-                raise RolloutError(f"{late} did not finish {method} within {timeout:g} s")
-            results[calls[ready[0]].name] = _result(ready[0], calls[ready[0]].name, method)
-        return [results[member.name] for member in self._members]
+                late = ", ".join(calls[ref] for ref in pending)
+                raise RolloutError(f"{late} did not finish {method} before its deadline")
+            results[ready[0]] = _result(ready[0], calls[ready[0]], method)
+        return [results[ref] for ref in calls]
 
 
 def _actor_options(config: RolloutConfig) -> dict[str, Any]:
@@ -160,19 +185,6 @@ def _actor_options(config: RolloutConfig) -> dict[str, Any]:
         "max_concurrency": 2 * config.max_num_seqs + 8,
         "runtime_env": {"env_vars": environment(config)},
     }
-
-
-def _tasks(request: RolloutRequest, seed: int, step: int) -> Iterator[SampleTask]:
-    prompt = request.prompt
-    for index in range(request.first_index, request.first_index + request.n):
-        yield SampleTask(
-            prompt_id=prompt.prompt_id,
-            index=index,
-            prompt=prompt.token_ids,
-            prefix=request.prefix,
-            sampling=request.sampling,
-            seed=sample_seed(seed, step, prompt.prompt_id, index),
-        )
 
 
 def _collect(ref: Any, owed: _Owed) -> Rollout:

@@ -38,6 +38,7 @@ class SampleTask:
     sampling: Sampling
     """max_tokens bounds the whole response, forced prefix included."""
     seed: int
+    stop_token_ids: TokenIds = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +66,8 @@ class RolloutWorker:
         config: RolloutConfig,
         dtype: str,
         version: int = 0,
-        stop_token_ids: Sequence[int] = (),
     ) -> None:
-        """`version` is the policy version of the weights in the folder `model_path`; `stop_token_ids` end a response
-        beside the end-of-sequence tokens of the model's generation config.
-        """
-        self._stop_token_ids = list(stop_token_ids)
+        """`version` is the policy version of the weights in the folder `model_path`."""
         self._name = name
         self._model_path = model_path
         self._config = config
@@ -124,7 +121,7 @@ class RolloutWorker:
             temperature=task.sampling.temperature,
             top_p=task.sampling.top_p,
             seed=task.seed,
-            stop_token_ids=self._stop_token_ids,
+            stop_token_ids=list(task.stop_token_ids),
             logprobs=0,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,

@@ -49,6 +49,7 @@ def test_log_probs_agree_after_every_one_of_five_updates(
     rollouts = RolloutConfig(max_prompt_length=64, max_response_length=16, kv_cache_gib=0.2)
     pool = Pool(path, rollouts, dtype="float32", seed=0)
     try:
+        pool.wait_started()
         learners.connect(pool.receivers())
         prompt = Prompt("p", (), (5, 17, 9, 200, 31, 44))
         probes = [[5, 17, 9, 200, 31, 44, 12, 250, 99, 7], [3, 300, 300, 8]]

@@ -31,6 +31,7 @@ class Sync:
     def __init__(self, folder: str) -> None:
         self.learner = LocalLearner(folder)
         self.pool = Pool(folder, CONFIG, dtype="float32", seed=0)
+        self.pool.wait_started()
         self.sender = SharedMemorySender(rank=0, dtype=torch.float32, timeout_seconds=120)
         self.sender.connect(self.pool.receivers())
         self.version = 0
