@@ -31,7 +31,10 @@ class RunState:
     """Completed loop steps."""
     policy_version: int = 0
     """Counts published weights; 0 are the initial ones."""
+    syncs: int = 0
+    """Weight syncs begun."""
     syncs_proved: int = 0
+    """Weight syncs whose proof held; one that fails ends the run."""
     optimizer_steps: int = 0
     tokens: dict[str, int] = field(default_factory=dict)
     """Trained tokens so far, by source."""

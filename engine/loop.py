@@ -105,6 +105,7 @@ def apply_update(parts: Parts, update: Update, step: int) -> list[UpdateReport]:
 
 def publish(parts: Parts, state: RunState) -> None:
     """Send the learner's weights to every sampler and prove that they are what is served."""
+    state.syncs += 1
     with parts.log.phase("sync"):
         checksums = parts.learners.send_weights(state.policy_version)
         proof = prove_sync(

@@ -18,6 +18,7 @@ from .types import Rollout, RolloutGroup, RolloutRequest, StepPlan, Update, Upda
 
 if TYPE_CHECKING:
     from .checkpoint import RunState
+    from .sync_proof import SyncProof
 
 SUCCESS = 1.0
 """Reward from which a rollout counts as correct in accuracy metrics."""
@@ -159,6 +160,7 @@ class RunLog:
         self.seconds: dict[str, float] = {}
         self._step_seconds: dict[str, float] = {}
         self._step_started = time.perf_counter()
+        self._sync: dict[str, float] = {}
         self._board: Any = None
         (folder / "rollouts").mkdir(parents=True, exist_ok=True)
 
@@ -201,7 +203,7 @@ class RunLog:
         """Write one finished step. Its time runs from the end of the previous one, evaluation left out."""
         elapsed = time.perf_counter() - self._step_started
         times = {f"time/{name}": seconds for name, seconds in self._step_seconds.items()}
-        row = {**metrics, **times, "time/step": elapsed}
+        row = {**metrics, **self._sync, **times, "time/step": elapsed}
         if groups:
             self._write_rollouts(f"step-{state.step:06d}.jsonl", groups)
         self._write(state.step, row)
@@ -224,8 +226,17 @@ class RunLog:
         self._step_seconds.pop("eval", None)
         self._step_started = time.perf_counter()
 
-    def synced(self, proof: Any) -> None:
-        self.console.say(f"weights proved: {proof}") if proof.version == 0 else None
+    def synced(self, proof: SyncProof) -> None:
+        """Keep what the proof of a weight sync measured for the step's metrics."""
+        self._sync = {
+            "sync/probe_max_difference": proof.max_difference,
+            "sync/probe_mean_difference": proof.mean_difference,
+        }
+        if proof.version == 0:
+            self.console.say(
+                f"weights proved: {proof.parameters} parameters on {len(proof.workers)} rollout worker(s), "
+                f"log-probs of {proof.probe_tokens} tokens differ by {proof.mean_difference:.2g} on average"
+            )
 
     def close(self) -> None:
         if self._board is not None:

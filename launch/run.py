@@ -90,7 +90,8 @@ def train(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> d
     """Train a recipe to its end and return what summary.json holds."""
     started = time.perf_counter()
     inputs = check_inputs(recipe)
-    folder = recipe.folder if resume else prepare_folder(recipe, overwrite=overwrite)
+    # Absolute: the learner's processes write into it too, wherever they were started.
+    folder = (recipe.folder if resume else prepare_folder(recipe, overwrite=overwrite)).resolve()
 
     with composed(inputs, folder) as parts:
         from ..engine.loop import train as run_loop
@@ -119,8 +120,7 @@ def summarize(
         "eval_after": asdict(state.eval_after) if state.eval_after else None,
         "wall_seconds": {**{k: round(v, 3) for k, v in seconds.items()}, "total": round(total, 3)},
         "policy_versions": state.policy_version + 1,
-        # A sync that cannot be proved stops the run, so a summary is only ever written with none failed.
-        "weight_sync": {"proved": state.syncs_proved, "failed": 0},
+        "weight_sync": {"proved": state.syncs_proved, "failed": state.syncs - state.syncs_proved},
         "tokens": {"policy": 0, "expert": 0, **state.tokens},
         "versions": package_versions(),
     }
