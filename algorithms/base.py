@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -167,7 +168,7 @@ def credit_groups(samples: Sequence[Sample], config: PolicyFields) -> list[Sampl
     return rows
 
 
-class AlgorithmBase:
+class AlgorithmBase(ABC):
     """Default hooks. A subclass sets `Config`, `losses` and `needs`, and overrides what it does differently.
 
     `assemble` is rows -> `credit` -> one update with `coefs(step)`; most algorithms override only those two.
@@ -183,12 +184,12 @@ class AlgorithmBase:
         self.setup = setup
 
     @property
-    def losses(self) -> Mapping[str, LossFn]:
-        raise NotImplementedError(f"{type(self).__name__} defines no losses")
+    @abstractmethod
+    def losses(self) -> Mapping[str, LossFn]: ...
 
     @property
-    def needs(self) -> Mapping[str, frozenset[Need]]:
-        raise NotImplementedError(f"{type(self).__name__} declares no needs")
+    @abstractmethod
+    def needs(self) -> Mapping[str, frozenset[Need]]: ...
 
     def request(self, prompt: Prompt) -> RolloutRequest:
         """A whole group of plain rollouts."""

@@ -16,6 +16,7 @@ from ..algorithms import AlgorithmBase
 from ..engine.errors import ConfigError, DataError
 from ..engine.types import RolloutRequest, Sampling
 from ..rewards import resolve as resolve_reward
+from ..rollouts.config import RolloutConfig
 from ..rollouts.readers import read_records
 from ..rollouts.records import Record, Records
 from .config import Recipe
@@ -191,7 +192,7 @@ def composed(inputs: Inputs, folder: Path) -> Iterator[Any]:
             learners=learners,
             checkpoints=Checkpoints(folder / "checkpoints", recipe.checkpoint),
             log=log,
-            probes=probe_sequences(data),
+            probes=probe_sequences(data, recipe.rollouts),
             tolerance=Tolerance.for_dtype(coarser(rollout_dtype(recipe), recipe.learner.dtype)),
         )
 
@@ -265,13 +266,14 @@ def load_prompts(inputs: Inputs, model_path: str) -> Any:
     return data
 
 
-def probe_sequences(data: Any) -> list[list[int]]:
+def probe_sequences(data: Any, rollouts: RolloutConfig) -> list[list[int]]:
     """A few prompts, with their demonstration where they have one: real text for the proof of each sync."""
+    longest = rollouts.max_prompt_length + rollouts.max_response_length - 1
     prompts = [*data.eval_prompts[:NUM_PROBES]] or [*data.peek(NUM_PROBES)]
     sequences = []
     for prompt in prompts:
         response = prompt.demonstrations[0].token_ids if prompt.demonstrations else ()
-        sequences.append([*prompt.token_ids, *response])
+        sequences.append([*prompt.token_ids, *response][:longest])
     return sequences
 
 

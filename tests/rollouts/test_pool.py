@@ -13,6 +13,7 @@ import pytest
 
 from plait.engine.errors import RolloutError
 from plait.engine.types import Prompt, Rollout, RolloutRequest, Sampling
+from plait.rollouts.engine_process import MIN_BATCHED_TOKENS
 from plait.rollouts.pool import Pool
 from plait.rollouts.worker import sample_seed
 from weight_sync.served_model import CONFIG, PROMPT, LocalLearner, request, write_model
@@ -127,6 +128,24 @@ def test_short_samples_are_not_held_up_by_long_ones(pool: Pool) -> None:
     order = [rollout.prompt_id for rollout in pool.generate([long, short], step=0)]
     assert sorted(order) == ["long"] * 2 + ["short"] * 6
     assert order[:6] == ["short"] * 6
+
+
+def test_a_burst_of_prompts_beyond_one_engine_step_is_sampled(ray_session, model: str) -> None:
+    """More prompt tokens at once than an engine step takes: seeded requests must not be computed in pieces."""
+    length = 300
+    wide = CONFIG.model_copy(update={"max_prompt_length": length, "max_num_seqs": 32})
+    assert wide.max_num_seqs * length > 2 * MIN_BATCHED_TOKENS
+    prompts = [
+        Prompt(f"long/{i}", (), tuple((7 * i + j) % 250 + 3 for j in range(length)))
+        for i in range(wide.max_num_seqs)
+    ]
+    pool = Pool(model, wide, dtype="float32", seed=0)
+    try:
+        pool.wait_started()
+        requests = [RolloutRequest(prompt, 1, Sampling(2)) for prompt in prompts]
+        assert len(list(pool.generate(requests, step=0))) == len(prompts)
+    finally:
+        pool.close()
 
 
 def test_too_long_prompt_is_named(pool: Pool) -> None:
