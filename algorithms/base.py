@@ -218,7 +218,7 @@ class AlgorithmBase(ABC):
     def finish(self, batch: TrainBatch) -> TrainBatch:
         return batch
 
-    def observe(self, report: UpdateReport) -> None:
+    def observe(self, report: UpdateReport) -> None:  # noqa: B027 (most methods keep no feedback state)
         """Nothing to learn from the report."""
 
     def metrics(self) -> Mapping[str, float]:
