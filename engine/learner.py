@@ -131,6 +131,7 @@ class LearnerWorker:
             config=deepspeed_config(config),
             dist_init_required=False,
         )[0]
+        policy.check_head()
         self.sender: WeightSender | None = None
 
     def _join_ranks(self) -> None:
@@ -294,15 +295,7 @@ class LearnerWorker:
         return dict(zip(names, values.tolist(), strict=True))
 
     def _to_device(self, batch: TrainBatch) -> TrainBatch:
-        batch = batch if batch.num_rows else blank(batch)
-        if self.device.type == "cpu":
-            return batch
-        moved = {
-            name: value.to(self.device, non_blocking=True)
-            for name in batch.__slots__
-            if isinstance(value := getattr(batch, name), Tensor)
-        }
-        return replace(batch, **moved)
+        return (batch if batch.num_rows else blank(batch)).to(self.device)
 
     # -- weights and checkpoints ---------------------------------------------------------------
 

@@ -16,12 +16,14 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
 from .attention import SEGMENTS
+from .batch import from_sequences
 from .config import LearnerConfig
 from .errors import LearnerError
 from .types import TrainBatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-UNSUPPORTED_SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier")
+HEAD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
+"""Largest difference between PolicyModel's log-probs and the plain model's, in nats."""
 
 
 def token_statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,14 +60,7 @@ class PolicyModel(nn.Module):
         self.model = model
         self.packing = packing
         self.logit_chunk_tokens = logit_chunk_tokens
-        config: Any = model.config
-        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        for name in UNSUPPORTED_SCALES:
-            if getattr(config, name, 1.0) not in (None, 1, 1.0):
-                raise LearnerError(
-                    f"model type {config.model_type!r} scales its logits by {name} = "
-                    f"{getattr(config, name)}, which plait's LM head does not reproduce"
-                )
+        self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
         self.hidden_grads: list[Tensor] = []
 
     def forward(self, batch: TrainBatch, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
@@ -134,6 +129,26 @@ class PolicyModel(nn.Module):
             use_cache=False,
         )
         return output.last_hidden_state[mask]
+
+    def check_head(self) -> None:
+        """Compare with the plain model on one sequence: some architectures scale their logits in ways of their own.
+
+        Raises LearnerError naming the model type and the difference.
+        """
+        config: Any = self.model.config
+        device = next(self.model.parameters()).device
+        ids = torch.arange(3, 35, device=device) % config.vocab_size
+        batch = from_sequences([ids.tolist()]).to(device)
+        rows = {"row_lengths": [len(ids)]} if config._attn_implementation == SEGMENTS else {}
+        with torch.no_grad():
+            ours, _ = self(batch, False)
+            logits = self.model(input_ids=ids[None], use_cache=False, **rows).logits[0]
+            difference = (ours[1:] - token_logprobs(logits[:-1], ids[1:])).abs().max().item()
+        if not difference <= HEAD_TOLERANCE[logits.dtype]:
+            raise LearnerError(
+                f"model type {config.model_type!r}: plait's chunked LM head gives log-probs that differ by "
+                f"{difference:.3g} from the model's own; this architecture is not supported"
+            )
 
     def _head(self, hidden: Tensor, tokens: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor]:
         logits = self.model.get_output_embeddings()(hidden)

@@ -7,6 +7,7 @@ to probe inputs (`ServedProof.stale`), and log-probs of probe sequences computed
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -59,8 +60,10 @@ def prove_sync(
 
     `checksums` is what `send_weights(version)` returned; `probes` are token sequences of at least two tokens.
     """
-    expected = learners.logprobs(probes)
-    proofs = pool.prove(version, probes)
+    with ThreadPoolExecutor(1) as beside:  # both sides compute at once
+        answer = beside.submit(learners.logprobs, probes)
+        proofs = pool.prove(version, probes)
+        expected = answer.result()
     if not proofs:
         raise WeightSyncError(f"no rollout worker proved version {version}")
     differences: list[float] = []

@@ -264,6 +264,15 @@ class TrainBatch:
     def num_tokens(self) -> int:
         return len(self.input_ids)
 
+    def to(self, device: Any) -> TrainBatch:
+        """The same batch with its tensors on `device`."""
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name in self.__slots__
+            if hasattr(value := getattr(self, name), "to")
+        }
+        return replace(self, **moved)
+
     @property
     def trained(self) -> Tensor:
         """bool [T]: tokens that are a member of some component."""

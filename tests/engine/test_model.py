@@ -48,6 +48,24 @@ def test_log_probs_and_entropy_agree_with_the_plain_model(family, packing):
             start = end
 
 
+def test_the_head_is_checked_against_the_plain_model(family, monkeypatch):
+    from plait.engine.errors import LearnerError
+
+    model = load_model(str(family), LearnerConfig())
+    policy = PolicyModel(model, packing=True, logit_chunk_tokens=8)
+    policy.check_head()
+    forward = model.forward
+
+    def scaled(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = output.logits * 0.9
+        return output
+
+    monkeypatch.setattr(model, "forward", scaled)
+    with pytest.raises(LearnerError, match="not supported"):
+        policy.check_head()
+
+
 def test_only_trained_tokens_have_log_probs(tiny_model):
     model = load_model(str(tiny_model), LearnerConfig())
     batch = collate(make_rows("pe"))
