@@ -11,12 +11,36 @@ from ..engine.errors import ConfigError
 from .base import AlgorithmBase, AlgorithmConfig, Setup
 from .chord import Chord
 from .grpo import Grpo
+from .hpt import Hpt
+from .luffy import Luffy
+from .one_token_rollout import OneTokenRollout
+from .prefix_rft import PrefixRft
+from .relift import Relift
+from .rift import Rift
+from .sasr import Sasr
 from .sft import Sft
+from .srft import Srft
+from .super_rl import SuperRl
+from .topr import Topr
+from .uft import Uft
+from .visurf import Visurf
 
 ALGORITHMS: dict[str, type[AlgorithmBase]] = {
     "chord": Chord,
     "grpo": Grpo,
+    "hpt": Hpt,
+    "luffy": Luffy,
+    "one_token_rollout": OneTokenRollout,
+    "prefix_rft": PrefixRft,
+    "relift": Relift,
+    "rift": Rift,
+    "sasr": Sasr,
     "sft": Sft,
+    "srft": Srft,
+    "super_rl": SuperRl,
+    "topr": Topr,
+    "uft": Uft,
+    "visurf": Visurf,
 }
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..engine.config import Section
 from ..engine.contracts import LossFn, Need
@@ -23,14 +23,18 @@ from ..engine.types import (
     Source,
     StepPlan,
     TokenIds,
+    TokenSampling,
     Update,
     UpdateReport,
 )
 from .advantages import Estimator, estimate_advantages, uniform_groups
+from .expert_base import ExpertLossBase
 from .expert_losses import ExpertLoss, Nll
 from .losses import KlEstimator, Normalizer
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..engine.types import TrainBatch
 
 
@@ -40,30 +44,56 @@ class AlgorithmConfig(Section):
     type: str
     max_response_length: int = Field(default=8192, ge=1)
     """Constant of the `constant` normalizer, and the length demonstrations are cut to."""
+    standalone_experts: ClassVar[bool] = False
+    """True where expert rows stand alone: types that read rewards of stored responses are allowed then."""
+
+    @model_validator(mode="after")
+    def _expert_loss_fits(self) -> AlgorithmConfig:
+        loss = getattr(self, "expert_loss", None)
+        if not isinstance(loss, ExpertLossBase):
+            return self
+        hybrid = hasattr(self, "expert_normalizer")
+        name = "expert_normalizer" if hybrid else "normalizer"
+        kind = getattr(loss, "type", type(loss).__name__)
+        if loss.tokens_only and getattr(self, name) != "tokens":
+            raise ValueError(f"expert_loss {kind} has counts of its own; {name} must be tokens")
+        if loss.standalone and not self.standalone_experts:
+            raise ValueError(f"expert_loss {kind} needs a host whose expert rows stand alone: sft")
+        return self
 
 
-class PolicyFields(AlgorithmConfig):
-    """Fields of every algorithm with a policy surrogate."""
+class RolloutFields(AlgorithmConfig):
+    """Fields of every algorithm that trains rollouts with entropy and KL terms."""
 
     rollouts_per_prompt: int = Field(default=8, ge=1)
     """Rows of a group, injected expert rows included (G in papers)."""
-    advantage: Estimator = "group_std"
-    advantage_epsilon: float = Field(default=1e-6, gt=0)
-    clip_low: float | None = Field(default=0.2, ge=0)
-    """null: no lower bound on the ratio."""
-    clip_high: float | None = Field(default=0.2, ge=0)
-    dual_clip: float | None = Field(default=None, gt=1)
-    ratio_level: Literal["token", "sequence"] = "token"
     normalizer: Normalizer = "tokens"
     entropy_coef: float = Field(default=0.0, ge=0)
     entropy_scope: Literal["policy", "all"] = "policy"
     """policy: POLICY tokens; all: EXPERT tokens too."""
     kl_coef: float = Field(default=0.0, ge=0)
     kl_estimator: KlEstimator = "k3"
+
+
+class GroupFields(RolloutFields):
+    """Fields of every algorithm that compares the rows of a group."""
+
+    advantage: Estimator = "group_std"
+    advantage_epsilon: float = Field(default=1e-6, gt=0)
     sampler_ratio_cap: float | None = Field(default=None, gt=0)
     """Cap of the truncated importance weight between sampler and learner; null: no correction."""
     drop_uniform_groups: bool = False
     """Groups whose scored rows all have the same reward leave the loss."""
+
+
+class PolicyFields(GroupFields):
+    """Fields of every algorithm with a policy surrogate."""
+
+    clip_low: float | None = Field(default=0.2, ge=0)
+    """null: no lower bound on the ratio."""
+    clip_high: float | None = Field(default=0.2, ge=0)
+    dual_clip: float | None = Field(default=None, gt=1)
+    ratio_level: Literal["token", "sequence"] = "token"
 
 
 class ExpertFields(AlgorithmConfig):
@@ -81,6 +111,8 @@ class Setup:
     minibatches: int = 1
     epochs: int = 1
     seed: int = 0
+    find_prompt: Callable[[str], Prompt] | None = None
+    """A training prompt by its id, for state that names prompts; known once the data is loaded."""
 
 
 def make_row(
@@ -150,8 +182,35 @@ def expert_rows(prompts: Sequence[Prompt], max_response_length: int) -> list[Sam
     return [expert_row(p, p.demonstrations[0], max_response_length) for p in prompts]
 
 
-def credit_groups(samples: Sequence[Sample], config: PolicyFields) -> list[Sample]:
-    """Give POLICY tokens their group's advantage; rows without a reward keep 0.
+def demonstrated(prompt: Prompt) -> tuple[Demonstration, ...]:
+    """Demonstrations that may enter a group: all but those whose score is UNKNOWN."""
+    return tuple(d for d in prompt.demonstrations if d.score is None or d.score.reward is not None)
+
+
+def scored_expert_rows(
+    groups: Sequence[RolloutGroup], num: int, max_response_length: int
+) -> list[Sample]:
+    """Up to `num` demonstrations of each group with a scored rollout, as rows with a reward.
+
+    A demonstration that was not graded has reward 1.0. Where no rollout is scored there is nothing to compare with.
+    """
+    return [
+        replace(
+            expert_row(group.prompt, demonstration, max_response_length),
+            reward=1.0 if demonstration.score is None else demonstration.score.reward,
+        )
+        for group in groups
+        if group.rewards
+        for demonstration in demonstrated(group.prompt)[:num]
+    ]
+
+
+def credit_groups(
+    samples: Sequence[Sample],
+    config: GroupFields,
+    sources: Sequence[Source] = (Source.POLICY,),
+) -> list[Sample]:
+    """Give tokens of `sources` their group's advantage; rows without a reward keep 0.
 
     With `drop_uniform_groups`, rows of groups that carry no signal get weight 0.
     """
@@ -161,10 +220,14 @@ def credit_groups(samples: Sequence[Sample], config: PolicyFields) -> list[Sampl
     dropped = uniform_groups(rewards, groups) if config.drop_uniform_groups else set[str]()
     rows = []
     for sample, advantage in zip(samples, advantages, strict=True):
-        if sample.reward is not None and sample.group_id in dropped:
+        if sample.reward is None:
+            rows.append(sample)
+        elif sample.group_id in dropped:
             rows.append(replace(sample, weights=np.zeros_like(sample.weights)))
         else:
-            rows.append(sample.with_advantage(advantage) if sample.reward is not None else sample)
+            for source in sources:
+                sample = sample.with_advantage(advantage, on=source)
+            rows.append(sample)
     return rows
 
 
@@ -176,6 +239,7 @@ class AlgorithmBase(ABC):
 
     Config: ClassVar[type[AlgorithmConfig]]
     expert_rows_per_step = 0
+    token_sampling: TokenSampling | None = None
     every_prompt_demonstrated: ClassVar[bool] = False
     """True where each prompt's own demonstration trains, so data without one is refused."""
 
@@ -218,6 +282,13 @@ class AlgorithmBase(ABC):
     def finish(self, batch: TrainBatch) -> TrainBatch:
         return batch
 
+    def prepare(
+        self, batch: TrainBatch, logprobs: Tensor | None, coefs: Mapping[str, float]
+    ) -> TrainBatch:
+        """What the expert loss counts over the whole minibatch."""
+        expert_loss = getattr(self.config, "expert_loss", None)
+        return batch if expert_loss is None else expert_loss.prepare(batch, logprobs, coefs)
+
     def observe(self, report: UpdateReport) -> None:  # noqa: B027 (most methods keep no feedback state)
         """Nothing to learn from the report."""
 
@@ -236,9 +307,15 @@ class AlgorithmBase(ABC):
             )
 
 
-def surrogate_needs(config: PolicyFields) -> frozenset[Need]:
+def surrogate_needs(config: RolloutFields) -> frozenset[Need]:
     """What a policy surrogate with entropy and KL terms consumes."""
-    needs: set[Need] = {"old_logprobs"}
+    return regularizer_needs(config) | frozenset[Need]({"old_logprobs"})
+
+
+def regularizer_needs(config: RolloutFields) -> frozenset[Need]:
+    """What entropy and KL terms consume, and the expert loss where the config has one."""
+    expert_loss = getattr(config, "expert_loss", None)
+    needs = set[Need]() if expert_loss is None else set[Need](expert_loss.needs)
     if config.entropy_coef > 0:
         needs.add("entropy")
     if config.kl_coef > 0:

@@ -49,7 +49,7 @@ def chord_loss(
     mu = coefs["mu"]
     policy, policy_metrics = policy_component(out, batch, config)
     expert, expert_metrics = expert_component(
-        out, batch, config.expert_loss, config.expert_normalizer, config.max_response_length
+        out, batch, config.expert_loss, config.expert_normalizer, config.max_response_length, coefs
     )
     regularizers, metrics = regularize(out, batch, config)
     loss = (1 - mu) * policy + mu * expert + regularizers
@@ -69,12 +69,13 @@ class Chord(AlgorithmBase):
 
     @property
     def needs(self) -> Mapping[str, frozenset[Need]]:
-        return {"main": surrogate_needs(self.config) | {"demonstrations"}}
+        needs = surrogate_needs(self.config) | self.config.expert_loss.needs
+        return {"main": needs | {"demonstrations"}}
 
     def coefs(self, step: int) -> dict[str, float]:
         c = self.config
         mu = warmup_cosine(step, c.mu_peak, c.mu_valley, c.mu_warmup_steps, c.mu_decay_steps)
-        return {"mu": mu}
+        return {"mu": mu, **c.expert_loss.coefs(step)}
 
     def plan(self, prompts: Sequence[Prompt], experts: Sequence[Prompt], step: int) -> StepPlan:
         """Where mu is 0 the expert rows would have no effect, so they are left out."""

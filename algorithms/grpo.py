@@ -22,7 +22,7 @@ from typing import Literal
 
 from ..engine.contracts import LossFn, Need
 from ..engine.types import LossOutput, PolicyOutput, TrainBatch
-from .base import AlgorithmBase, PolicyFields, surrogate_needs
+from .base import AlgorithmBase, PolicyFields, RolloutFields, surrogate_needs
 from .losses import Members, Normalizer, entropy_component, kl_component, policy_component
 
 
@@ -40,7 +40,7 @@ def grpo_loss(
     return LossOutput(policy + regularizers, {**metrics, **more})
 
 
-def regularize(out: PolicyOutput, batch: TrainBatch, config: PolicyFields):
+def regularize(out: PolicyOutput, batch: TrainBatch, config: RolloutFields):
     """-entropy_coef x entropy (over `entropy_scope`) + kl_coef x KL, with their metrics."""
     scope = Members.all(batch) if config.entropy_scope == "all" else Members.policy(batch)
     entropy, entropy_metrics = entropy_component(out, batch, config.entropy_coef, scope)

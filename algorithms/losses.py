@@ -8,6 +8,7 @@ Only tensor methods are used: importing this file does not import torch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -108,41 +109,61 @@ def sampler_correction(batch: TrainBatch, cap: float) -> Tensor:
     assert batch.old_logprobs is not None
     known = batch.rollout_logprobs.isfinite() & (batch.source == Source.POLICY)
     gap = (batch.old_logprobs - batch.rollout_logprobs).where(known, 0.0)
-    return gap.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().clamp(max=cap)
+    weight = gap.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().clamp(max=cap)
+    return weight.where(known, 1.0)
 
 
-def policy_component(
-    out: PolicyOutput, batch: TrainBatch, config: Surrogate, members: Members | None = None
+def surrogate(
+    out: PolicyOutput,
+    batch: TrainBatch,
+    config: Surrogate,
+    members: Members,
+    unclipped: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """Clipped surrogate (PPO, arXiv 1707.06347; dual clip, 1912.09729) over the members, by default POLICY tokens.
+    """Clipped surrogate of each token [T] (PPO, arXiv 1707.06347; dual clip, 1912.09729), before normalization.
 
-    Per token: max(-A r, -A clip(r)); with `dual_clip` c and A < 0 also min(., -A c). Ties take the unclipped branch.
+    max(-A r, -A clip(r)); with `dual_clip` c and A < 0 also min(., -A c). Ties take the unclipped branch.
+    Tokens of the mask `unclipped` [T] have the loss -A r whatever the bounds.
     """
-    members = members or Members.policy(batch)
     ratio = policy_ratio(out, batch, members, config.ratio_level)
     advantages = batch.advantages
     loss = -advantages * ratio
+    bounded_tokens = members.mask if unclipped is None else members.mask & ~unclipped
     low = None if config.clip_low is None else 1 - config.clip_low
     high = None if config.clip_high is None else 1 + config.clip_high
     clipped = members.mask & False
     if low is not None or high is not None:
         bounded = -advantages * ratio.clamp(low, high)
-        clipped = members.mask & (bounded > loss)
+        clipped = bounded_tokens & (bounded > loss)
         loss = bounded.where(clipped, loss)
     dual_clipped = members.mask & False
     if config.dual_clip is not None:
         ceiling = -advantages * config.dual_clip
-        dual_clipped = members.mask & (advantages < 0) & (ceiling < loss)
+        dual_clipped = bounded_tokens & (advantages < 0) & (ceiling < loss)
         loss = ceiling.where(dual_clipped, loss)
     if config.sampler_ratio_cap is not None:
         loss = loss * sampler_correction(batch, config.sampler_ratio_cap)
+    if not members.tokens:
+        return loss, {}
+    return loss, {
+        "clip_fraction": members.mean(clipped.to(loss.dtype)),
+        "dual_clip_fraction": members.mean(dual_clipped.to(loss.dtype)),
+        "ratio_mean": members.mean(ratio.detach()),
+    }
+
+
+def policy_component(
+    out: PolicyOutput,
+    batch: TrainBatch,
+    config: Surrogate,
+    members: Members | None = None,
+    unclipped: Tensor | None = None,
+) -> tuple[Tensor, Metrics]:
+    """Normalized surrogate over the members, by default POLICY tokens."""
+    members = members or Members.policy(batch)
+    loss, metrics = surrogate(out, batch, config, members, unclipped)
     component = members.normalize(loss, batch, config.normalizer, config.max_response_length)
-    metrics: Metrics = {"policy_loss": component.detach()}
-    if members.tokens:
-        metrics["clip_fraction"] = members.mean(clipped.to(loss.dtype))
-        metrics["dual_clip_fraction"] = members.mean(dual_clipped.to(loss.dtype))
-        metrics["ratio_mean"] = members.mean(ratio.detach())
-    return component, metrics
+    return component, {"policy_loss": component.detach(), **metrics}
 
 
 def expert_component(
@@ -151,14 +172,21 @@ def expert_component(
     expert_loss: ExpertLoss,
     normalizer: Normalizer,
     max_response_length: int,
+    coefs: Mapping[str, float] | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """`expert_loss` over EXPERT tokens, scaled by token weights; the denominator counts tokens, not weights."""
-    members = Members.expert(batch)
-    values = batch.weights * expert_loss(out.logprobs)
-    component = members.normalize(values, batch, normalizer, max_response_length)
+    """`expert_loss` over EXPERT tokens, scaled by token weights; the denominator counts tokens, not weights.
+
+    `coefs`: the algorithm's, for types with a schedule (`expert_loss.coefs`).
+    """
+    supervised = Members.expert(batch)
+    term = expert_loss.evaluate(out, batch, coefs or {})
+    members = term.members or supervised
+    values = batch.weights * term.values if expert_loss.scales_with_weights else term.values
+    component = members.normalize(values, batch, term.normalizer or normalizer, max_response_length)
     metrics: Metrics = {"expert_loss": component.detach()}
-    if members.tokens:
-        metrics["expert_probability"] = members.mean(out.logprobs.detach().exp())
+    if supervised.tokens:
+        metrics["expert_probability"] = supervised.mean(out.logprobs.detach().exp())
+        metrics |= term.metrics
     return component, metrics
 
 

@@ -23,6 +23,7 @@ from .losses import Members, Normalizer, entropy_component, expert_component
 
 
 class SftConfig(AlgorithmConfig):
+    standalone_experts = True
     type: Literal["sft"] = "sft"
     expert_loss: ExpertLoss = Nll()
     normalizer: Normalizer = "tokens"
@@ -35,7 +36,7 @@ def sft_loss(
 ) -> LossOutput:
     """Expert loss minus an entropy bonus; out.logprobs and out.entropy are [T]."""
     expert, expert_metrics = expert_component(
-        out, batch, config.expert_loss, config.normalizer, config.max_response_length
+        out, batch, config.expert_loss, config.normalizer, config.max_response_length, coefs
     )
     entropy, entropy_metrics = entropy_component(
         out, batch, config.entropy_coef, Members.expert(batch)
@@ -56,7 +57,10 @@ class Sft(AlgorithmBase):
         needs: set[Need] = {"demonstrations"}
         if self.config.entropy_coef > 0:
             needs.add("entropy")
-        return {"main": frozenset(needs)}
+        return {"main": frozenset(needs) | self.config.expert_loss.needs}
+
+    def coefs(self, step: int) -> dict[str, float]:
+        return self.config.expert_loss.coefs(step)
 
     def plan(self, prompts: Sequence[Prompt], experts: Sequence[Prompt], step: int) -> StepPlan:
         return StepPlan(experts=tuple(prompts))

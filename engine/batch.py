@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from hashlib import blake2b
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from .types import Denominators, Sample, Source, TrainBatch
 
-ROW_FIELDS = ("rewards", "group_ids")
+ROW_FIELDS = ("rewards", "group_ids", "row_seeds", "previous_losses")
 
 
 def collate(samples: Sequence[Sample], dtype: torch.dtype = torch.float32) -> TrainBatch:
@@ -54,8 +55,14 @@ def collate(samples: Sequence[Sample], dtype: torch.dtype = torch.float32) -> Tr
         ),
         group_ids=torch.tensor([groups[s.group_id] for s in samples], dtype=torch.long),
         denom=Denominators(0, 0, 0, 0, 0, 0),
+        row_seeds=torch.tensor([seed_of(s.group_id, i) for i, s in enumerate(samples)]).long(),
     )
     return replace(batch, denom=count(batch))
+
+
+def seed_of(*key: object) -> int:
+    """63 bits that depend on every part of the key, and on nothing else."""
+    return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest()) >> 1
 
 
 def count(batch: TrainBatch) -> Denominators:
@@ -67,7 +74,10 @@ def count(batch: TrainBatch) -> Denominators:
     policy_tokens, policy_rows = members(batch.is_trained(Source.POLICY))
     expert_tokens, expert_rows = members(batch.is_trained(Source.EXPERT))
     tokens, rows = members(batch.trained)
-    return Denominators(policy_tokens, expert_tokens, policy_rows, expert_rows, tokens, rows)
+    positive_tokens = int((batch.is_trained(Source.POLICY) & (batch.advantages > 0)).sum())
+    return Denominators(
+        policy_tokens, expert_tokens, policy_rows, expert_rows, tokens, rows, positive_tokens
+    )
 
 
 def select(batch: TrainBatch, rows: Sequence[int]) -> TrainBatch:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .types import (
         LossOutput,
         PolicyOutput,
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
         RolloutRequest,
         Score,
         StepPlan,
+        TokenSampling,
         TrainBatch,
         Update,
         UpdateReport,
@@ -28,11 +31,40 @@ Need = Literal[
     "old_entropy",
     "token_samples",
     "demonstrations",
+    "minibatch_stats",
+    "ref_kl",
+    "topk_entropy",
+    "token_weights",
+    "base_logprobs",
+    "history_logprobs",
+    "prompt_attention",
+    "previous_losses",
+    "row_rewards",
+    "behaviour_logprobs",
 ]
 """What a loss consumes beyond tokens and advantages.
 
+`minibatch_stats`: the algorithm's `prepare` gets current log-probs of the whole minibatch. From `ref_kl` on, nothing
+in the engine provides the need yet: see UNAVAILABLE.
+`token_samples` are drawn in the forward pass as the algorithm's `token_sampling` says and come as `out.samples`;
 `entropy` is differentiable and current; `old_entropy` and `old_logprobs` are recorded before the first update.
 """
+
+UNAVAILABLE: Mapping[str, str] = {
+    "ref_kl": "the LM head does not put reference logits beside the policy's",
+    "topk_entropy": "the LM head does not return the entropy of the largest logits",
+    "token_weights": "data sets carry no column token_weights",
+    "base_logprobs": "data sets carry no column base_logprobs",
+    "history_logprobs": "data sets carry no column history_logprobs",
+    "prompt_attention": "data sets carry no column prompt_attention",
+    "previous_losses": "the run keeps no column previous_loss of its samples",
+    "row_rewards": "the demonstrations of this algorithm carry no column reward into training",
+    "behaviour_logprobs": "data sets carry no column old_logprobs of the policy that wrote the rows",
+}
+"""Needs that only golden cases can meet, with the reason; a recipe that has one is refused."""
+
+PrepareFn = Callable[["TrainBatch", "Tensor | None", Mapping[str, float]], "TrainBatch"]
+"""(minibatch, its current log-probs where the loss needs `minibatch_stats`, coefs) -> minibatch with `stats`."""
 
 RewardFn = Callable[["Prompt", str], "Score | float | None"]
 """(prompt, completion) -> Score, number, or None for UNKNOWN; sync or async."""
@@ -46,6 +78,8 @@ class Algorithm(Protocol):
 
     expert_rows_per_step: int
     """Rows drawn from the expert stream each step, independent of the rollout prompts; 0 for most methods."""
+    token_sampling: TokenSampling | None
+    """How tokens are drawn for losses that need `token_samples`; None for all others."""
 
     @property
     def needs(self) -> Mapping[str, frozenset[Need]]:
@@ -67,6 +101,12 @@ class Algorithm(Protocol):
 
     def finish(self, batch: TrainBatch) -> TrainBatch:
         """Driver, after the no-grad pass: what needs whole-batch log-probs, entropy or values."""
+        ...
+
+    def prepare(
+        self, batch: TrainBatch, logprobs: Tensor | None, coefs: Mapping[str, float]
+    ) -> TrainBatch:
+        """Driver, once for each minibatch just before its optimizer step: statistics over all of it."""
         ...
 
     def observe(self, report: UpdateReport) -> None:
@@ -167,8 +207,19 @@ class Learners(Protocol):
         """
         ...
 
-    def update(self, batch: TrainBatch, update: Update, *, step: int) -> Sequence[UpdateReport]:
-        """Minibatches x epochs optimizer steps."""
+    def refresh_reference(self) -> None:
+        """Make the frozen reference a copy of the current weights (an Update's `refresh_reference`)."""
+        ...
+
+    def update(
+        self,
+        batch: TrainBatch,
+        update: Update,
+        *,
+        step: int,
+        prepare: PrepareFn | None = None,
+    ) -> Sequence[UpdateReport]:
+        """Minibatches x epochs optimizer steps; `prepare` sees each whole minibatch first."""
         ...
 
     def connect(self, receivers: Sequence[Any]) -> None:

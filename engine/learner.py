@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from math import ceil, cos, isfinite, pi
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -24,12 +25,21 @@ from .batch import blank, from_sequences
 from .config import LearnerConfig
 from .contracts import LossFn, Need
 from .errors import CheckpointError, LearnerError
-from .types import PolicyOutput, Source, TrainBatch, UpdateReport
+from .optimizer_states import OptimizerStates
+from .types import (
+    PolicyOutput,
+    Source,
+    TokenSamples,
+    TokenSampling,
+    TrainBatch,
+    UpdateReport,
+)
 
 if TYPE_CHECKING:
     from .weight_sync import WeightSender
 
 CHECKPOINT_TAG = "learner"
+REFERENCE_FILE = "reference.pt"
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,7 @@ class LearnerWorker:
         losses: Mapping[str, LossFn],
         needs: Mapping[str, frozenset[Need]],
         rank: Rank,
+        token_sampling: TokenSampling | None = None,
     ) -> None:
         import deepspeed
 
@@ -119,8 +130,14 @@ class LearnerWorker:
         model = load_model(model_path, config)
         model.train()
         chunk = config.logit_chunk_tokens
-        policy = PolicyModel(model, packing=config.packing, logit_chunk_tokens=chunk)
+        policy = PolicyModel(
+            model,
+            packing=config.packing,
+            logit_chunk_tokens=chunk,
+            token_sampling=token_sampling,
+        )
         self.reference: PolicyModel | None = None
+        self.reference_moved = False
         if any("ref_logprobs" in need for need in needs.values()):
             frozen = load_model(model_path, config.model_copy(update={"lora": None}))
             frozen.requires_grad_(False).eval().to(self.device)
@@ -132,6 +149,7 @@ class LearnerWorker:
             dist_init_required=False,
         )[0]
         policy.check_head()
+        self.moments = OptimizerStates(self.engine)
         self.sender: WeightSender | None = None
 
     def _join_ranks(self) -> None:
@@ -171,13 +189,13 @@ class LearnerWorker:
             column: dict[str, Tensor] = {}
             with torch.no_grad():
                 if needs & {"old_logprobs", "old_entropy"}:
-                    logprobs, entropy = self.engine(batch, "old_entropy" in needs)
+                    logprobs, entropy, _ = self.engine(batch, "old_entropy" in needs)
                     column["old_logprobs"] = logprobs
                     if entropy is not None:
                         column["old_entropy"] = entropy
                 if "ref_logprobs" in needs:
                     assert self.reference is not None
-                    column["ref_logprobs"], _ = self.reference(batch, False)
+                    column["ref_logprobs"], _, _ = self.reference(batch, False)
             blank_row = micro_batch.num_rows == 0
             columns.append({k: v[:0] if blank_row else v.cpu() for k, v in column.items()})
         return columns
@@ -186,7 +204,7 @@ class LearnerWorker:
         """Log-probs of tokens 1.. of each sequence under the current policy."""
         batch = self._to_device(from_sequences(sequences))
         with torch.no_grad():
-            logprobs, _ = self.engine(batch, False)
+            logprobs, _, _ = self.engine(batch, False)
         return [row[1:].tolist() for row in logprobs.split(batch.row_starts.diff().tolist())]
 
     # -- one optimizer step --------------------------------------------------------------------
@@ -197,13 +215,15 @@ class LearnerWorker:
         loss_name: str,
         coefs: Mapping[str, float],
         learning_rate: float,
+        optimizer: str = "main",
     ) -> UpdateReport:
-        """Accumulate the gradients of a minibatch and apply them.
+        """Accumulate the gradients of a minibatch and apply them with the AdamW moments of that name.
 
         Raises LearnerError naming the metric when the loss or a gradient is not finite; nothing is applied then.
         """
         metrics = self._accumulate(micro_batches, loss_name, coefs)
-        grad_norm = self._apply(learning_rate)
+        with self.moments.use(optimizer):
+            grad_norm = self._apply(learning_rate)
         return UpdateReport(loss_name, grad_norm, metrics, learning_rate)
 
     def gradients(
@@ -232,11 +252,14 @@ class LearnerWorker:
         for i, micro_batch in enumerate(micro_batches):
             self.engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
             batch = self._to_device(micro_batch)
-            logprobs, entropy = self.engine(batch, "entropy" in needs)
+            logprobs, entropy, sums = self.engine(
+                batch, "entropy" in needs, "token_samples" in needs
+            )
+            samples = None if sums is None else TokenSamples(*sums)
             if "old_logprobs" in needs and batch.old_logprobs is None:
                 # One optimizer step consumes the whole batch: the old policy is the current one.
                 batch = replace(batch, old_logprobs=logprobs.detach())
-            result = loss_fn(PolicyOutput(logprobs, entropy), batch, coefs)
+            result = loss_fn(PolicyOutput(logprobs, entropy, samples=samples), batch, coefs)
             self.engine.backward(result.loss * self.rank.world_size, scale_wrt_gas=False)
             measured = {"loss": result.loss, **result.metrics, **self._diagnostics(batch)}
             for name, value in measured.items():
@@ -324,13 +347,31 @@ class LearnerWorker:
 
         return full_weights(self.engine.module.model, self.config.zero_stage)
 
+    def refresh_reference(self) -> None:
+        """Copy the current weights into the frozen reference; from now on checkpoints hold it too."""
+        if self.reference is None:
+            raise LearnerError("refresh_reference: no loss needs ref_logprobs, so there is none")
+        frozen = dict(self.reference.model.named_parameters())
+        for name, weight in self._full_weights():
+            frozen[name].data.copy_(weight)
+        self.reference_moved = True
+
     def save(self, folder: str) -> None:
         self.engine.save_checkpoint(folder, tag=CHECKPOINT_TAG, save_latest=False)
+        self.moments.save(Path(folder), self.rank.index)
+        if self.reference is not None and self.reference_moved and self.rank.index == 0:
+            torch.save(self.reference.model.state_dict(), Path(folder) / REFERENCE_FILE)
 
     def load(self, folder: str) -> None:
         path, _ = self.engine.load_checkpoint(folder, tag=CHECKPOINT_TAG)
         if path is None:
             raise CheckpointError(f"{folder}: DeepSpeed found no complete learner state there")
+        self.moments.load(Path(folder), self.rank.index)
+        moved = Path(folder) / REFERENCE_FILE
+        if self.reference is not None and moved.exists():
+            weights = torch.load(moved, map_location=self.device, weights_only=True)
+            self.reference.model.load_state_dict(weights)
+            self.reference_moved = True
 
     def export(self, folder: str) -> None:
         """Write config, tokenizer and safetensors; adapters are merged."""

@@ -8,12 +8,12 @@ from typing import Any, Protocol
 
 import torch
 
-from .batch import count, partition, select, split_minibatches
+from .batch import count, partition, seed_of, select, split_minibatches
 from .config import LearnerConfig
-from .contracts import LossFn, Need
+from .contracts import LossFn, Need, PrepareFn
 from .errors import LearnerError
 from .learner import LearnerWorker, Rank, WeightRoute, free_port, learning_rate
-from .types import Source, TrainBatch, Update, UpdateReport
+from .types import Source, TokenSampling, TrainBatch, Update, UpdateReport
 
 CLOSE_SECONDS = 5.0
 
@@ -54,6 +54,7 @@ class RayRanks:
         needs: Mapping[str, frozenset[Need]],
         env: Mapping[str, str],
         gpu_share: float = 1.0,
+        token_sampling: TokenSampling | None = None,
     ) -> None:
         """`gpu_share` is what a rank claims of its GPU: less than 1 where a rollout worker lives there too."""
         import ray
@@ -70,7 +71,12 @@ class RayRanks:
         address, port = self._get([self.workers[0].rendezvous.remote()])[0]
         self.starting = [
             worker.start.remote(
-                model_path, config, losses, needs, Rank(i, self.world_size, address, port)
+                model_path,
+                config,
+                losses,
+                needs,
+                Rank(i, self.world_size, address, port),
+                token_sampling,
             )
             for i, worker in enumerate(self.workers)
         ]
@@ -179,26 +185,53 @@ class LearnerGroup:
                     target[torch.cat(spans)] = values
         return replace(batch, **{k: v.to(batch.advantages.dtype) for k, v in columns.items()})
 
-    def update(self, batch: TrainBatch, update: Update, *, step: int) -> list[UpdateReport]:
+    def update(
+        self,
+        batch: TrainBatch,
+        update: Update,
+        *,
+        step: int,
+        prepare: PrepareFn | None = None,
+    ) -> list[UpdateReport]:
         """Minibatches x epochs optimizer steps over an annotated batch; no rows, no step."""
         if batch.denom.tokens == 0:
             return []
-        rate = learning_rate(self.config, step, self.total_steps)
+        rate = update.learning_rate
+        if rate is None:
+            rate = learning_rate(self.config, step, self.total_steps)
+        row_seeds = batch.row_seeds
         reports = []
         for epoch in range(update.epochs):
             seed = hash((self.seed, step, epoch)) & 0xFFFFFFFF
+            if row_seeds is not None:
+                batch = replace(batch, row_seeds=row_seeds ^ seed_of(self.seed, step, epoch))
             for rows in split_minibatches(batch, update.minibatches, seed):
                 minibatch = select(batch, rows)
                 minibatch = replace(minibatch, denom=count(minibatch))
                 if minibatch.denom.tokens:
+                    if prepare is not None:
+                        current = self._current_logprobs(minibatch, update.loss)
+                        minibatch = prepare(minibatch, current, update.coefs)
                     reports.append(self._step(minibatch, update, rate))
         return reports
+
+    def _current_logprobs(self, minibatch: TrainBatch, loss: str) -> torch.Tensor | None:
+        """A no-grad pass for losses whose minibatch-wide statistics depend on the present weights."""
+        if "minibatch_stats" not in self.needs[loss]:
+            return None
+        return self.annotate(minibatch, frozenset({"old_logprobs"}), single=False).old_logprobs
 
     def _step(self, minibatch: TrainBatch, update: Update, rate: float) -> UpdateReport:
         report = self.ranks.call(
             "step",
             [
-                ([select(minibatch, rows) for rows in plan], update.loss, update.coefs, rate)
+                (
+                    [select(minibatch, rows) for rows in plan],
+                    update.loss,
+                    update.coefs,
+                    rate,
+                    update.optimizer,
+                )
                 for plan in self._parts(minibatch)
             ],
         )[0]
@@ -214,6 +247,9 @@ class LearnerGroup:
 
     def _all(self, method: str, *args: Any) -> list[Any]:
         return self.ranks.call(method, [args] * self.ranks.world_size)
+
+    def refresh_reference(self) -> None:
+        self._all("refresh_reference")
 
     def connect(self, receivers: Sequence[Any]) -> None:
         self._all("connect", list(receivers), self.route)

@@ -79,9 +79,7 @@ def train(config: LoopConfig, evaluation: EvalConfig, sampling: Sampling, parts:
         state.advance(reports)
         if reports:
             publish(parts, state)
-        log.step(
-            state, groups, step_metrics(state, plan, groups, updates, reports, algorithm.metrics())
-        )
+        log.step(state, groups, step_metrics(state, groups, updates, reports, algorithm.metrics()))
 
         last = state.step == config.steps
         if evaluation.num_prompts and (last or due(state.step, evaluation.every)):
@@ -95,9 +93,12 @@ def train(config: LoopConfig, evaluation: EvalConfig, sampling: Sampling, parts:
 def apply_update(parts: Parts, update: Update, step: int) -> list[UpdateReport]:
     """Collate, annotate, finish, train: one optimizer phase of minibatches x epochs steps."""
     needs = parts.algorithm.needs[update.loss]
+    if update.refresh_reference:
+        parts.learners.refresh_reference()
     single = update.minibatches * update.epochs == 1
     batch = parts.learners.annotate(collate(update.samples), needs, single=single)
-    reports = list(parts.learners.update(parts.algorithm.finish(batch), update, step=step))
+    batch, prepare = parts.algorithm.finish(batch), parts.algorithm.prepare
+    reports = list(parts.learners.update(batch, update, step=step, prepare=prepare))
     for report in reports:
         parts.algorithm.observe(report)
     return reports

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .types import Rollout, RolloutGroup, RolloutRequest, StepPlan, Update, UpdateReport
+from .types import Rollout, RolloutGroup, RolloutRequest, Source, Update, UpdateReport
 
 if TYPE_CHECKING:
     from .checkpoint import RunState
@@ -69,21 +69,20 @@ def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, flo
 
 def step_metrics(
     state: RunState,
-    plan: StepPlan,
     groups: Sequence[RolloutGroup],
     updates: Sequence[Update],
     reports: Sequence[UpdateReport],
     algorithm: Mapping[str, float],
 ) -> dict[str, float]:
     """All numbers of one step, by the names of docs/metrics.md."""
+    samples = [sample for update in updates for sample in update.samples]
     metrics: dict[str, float] = {
         "policy_version": state.policy_version,
-        "rows/expert": len(plan.experts),
+        "rows/expert": sum(not (s.source == Source.POLICY).any() for s in samples),
         **{f"algorithm/{name}": value for name, value in algorithm.items()},
     }
     if groups:
         metrics |= rollout_metrics(groups)
-    samples = [sample for update in updates for sample in update.samples]
     versions = [s.policy_version for s in samples if s.policy_version is not None]
     if versions:
         # Rows were sampled before this step's update, under at most the version before the current one.

@@ -19,7 +19,8 @@ from .attention import SEGMENTS
 from .batch import from_sequences
 from .config import LearnerConfig
 from .errors import LearnerError
-from .types import TrainBatch
+from .token_samples import draw, expected_sums, sampled_sums, uniforms
+from .types import TokenSampling, TrainBatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 HEAD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
@@ -43,6 +44,10 @@ def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
 
+def logprobs_only(logits: Tensor, targets: Tensor) -> tuple[Tensor]:
+    return (token_logprobs(logits, targets),)
+
+
 def entropy_of(logits: Tensor, log_normalizer: Tensor) -> Tensor:
     """-sum p log p over the vocabulary: [n, V], [n] -> [n]; with gradient."""
     probabilities = (logits - log_normalizer[:, None]).exp()
@@ -50,49 +55,59 @@ def entropy_of(logits: Tensor, log_normalizer: Tensor) -> Tensor:
 
 
 class PolicyModel(nn.Module):
-    """Token log-probs (and entropies) of packed rows.
+    """Token log-probs (and entropies, and sums over sampled tokens) of packed rows.
 
     `forward` returns plain tensors because DeepSpeed hooks look for them in the output.
     """
 
-    def __init__(self, model: nn.Module, *, packing: bool, logit_chunk_tokens: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        packing: bool,
+        logit_chunk_tokens: int,
+        token_sampling: TokenSampling | None = None,
+    ) -> None:
         super().__init__()
+        self.token_sampling = token_sampling
         self.model = model
         self.packing = packing
         self.logit_chunk_tokens = logit_chunk_tokens
         self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
         self.hidden_grads: list[Tensor] = []
 
-    def forward(self, batch: TrainBatch, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
-        """float32 [T] each, 0 on tokens that are not trained. At least one position always goes through the head."""
+    def forward(
+        self, batch: TrainBatch, with_entropy: bool, with_samples: bool = False
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor, Tensor] | None]:
+        """float32 [T] each, 0 on tokens that are not trained. At least one position always goes through the head.
+
+        Returns log-probs, entropies if asked for, and the columns of `TokenSamples` if asked for.
+        """
         targets = batch.trained.nonzero().squeeze(-1)
         if len(targets) == 0:
             targets = torch.ones(1, dtype=torch.long, device=batch.input_ids.device)
         hidden = self.hidden_states(batch)[targets - 1]
         if hidden.requires_grad:
             hidden.register_hook(self._keep_hidden_grad)
-        tokens = batch.input_ids[targets]
-        logprobs, entropies = [], []
-        chunks = zip(
-            hidden.split(self.logit_chunk_tokens),
-            tokens.split(self.logit_chunk_tokens),
-            strict=True,
-        )
-        for hidden_chunk, token_chunk in chunks:
-            if torch.is_grad_enabled():
-                result = checkpoint(
-                    self._head, hidden_chunk, token_chunk, with_entropy, use_reentrant=False
+        inputs = [hidden, batch.input_ids[targets]]
+        if with_samples:
+            if batch.row_seeds is None or self.token_sampling is None:
+                raise LearnerError(
+                    "token samples need row seeds and the algorithm's token_sampling"
                 )
+            inputs += [batch.row_seeds[batch.row_ids[targets]], batch.position_ids[targets]]
+        chunks = zip(*(column.split(self.logit_chunk_tokens) for column in inputs), strict=True)
+        results: list[tuple[Tensor, ...]] = []
+        for chunk in chunks:
+            if torch.is_grad_enabled():
+                result = checkpoint(self._head, with_entropy, *chunk, use_reentrant=False)
             else:
-                result = self._head(hidden_chunk, token_chunk, with_entropy)
-            logprobs.append(result[0])
-            entropies.append(result[1])
-
-        def spread(values: list[Tensor]) -> Tensor:
-            flat = torch.cat(values)
-            return flat.new_zeros(batch.num_tokens).index_copy(0, targets, flat)
-
-        return spread(logprobs), spread(entropies) if with_entropy else None
+                result = self._head(with_entropy, *chunk)
+            results.append(result)
+        flat = [torch.cat(column) for column in zip(*results, strict=True)]
+        columns = [c.new_zeros(batch.num_tokens).index_copy(0, targets, c) for c in flat]
+        samples = (columns[-3], columns[-2], columns[-1]) if with_samples else None
+        return columns[0], columns[1] if with_entropy else None, samples
 
     def hidden_states(self, batch: TrainBatch) -> Tensor:
         """Last hidden state of every token: [T, hidden]."""
@@ -141,7 +156,7 @@ class PolicyModel(nn.Module):
         batch = from_sequences([ids.tolist()]).to(device)
         rows = {"row_lengths": [len(ids)]} if config._attn_implementation == SEGMENTS else {}
         with torch.no_grad():
-            ours, _ = self(batch, False)
+            ours, *_ = self(batch, False)
             logits = self.model(input_ids=ids[None], use_cache=False, **rows).logits[0]
             difference = (ours[1:] - token_logprobs(logits[:-1], ids[1:])).abs().max().item()
         if not difference <= HEAD_TOLERANCE[logits.dtype]:
@@ -150,14 +165,37 @@ class PolicyModel(nn.Module):
                 f"{difference:.3g} from the model's own; this architecture is not supported"
             )
 
-    def _head(self, hidden: Tensor, tokens: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor]:
+    def _head(
+        self,
+        with_entropy: bool,
+        hidden: Tensor,
+        tokens: Tensor,
+        seeds: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """One column [n] each: log-probs, entropies if asked for, three sums over samples if there are seeds."""
         logits = self.model.get_output_embeddings()(hidden)
         if self.softcap is not None:
             logits = torch.tanh(logits.float() / self.softcap) * self.softcap
-        if with_entropy:
-            return token_statistics(logits, tokens)
-        logprobs = token_logprobs(logits, tokens)
-        return logprobs, logprobs
+        statistics = token_statistics if with_entropy else logprobs_only
+        columns = statistics(logits, tokens)
+        if seeds is None or positions is None or self.token_sampling is None:
+            return columns
+        return *columns, *self._sample(logits, tokens, seeds, positions, self.token_sampling)
+
+    def _sample(
+        self,
+        logits: Tensor,
+        tokens: Tensor,
+        seeds: Tensor,
+        positions: Tensor,
+        sampling: TokenSampling,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if sampling.exact:
+            return expected_sums(logits, tokens, sampling)
+        chances = uniforms(seeds, positions, sampling.num_samples)
+        samples = draw(logits.float(), chances, sampling.temperature)
+        return sampled_sums(logits, tokens, samples, sampling)
 
     def _keep_hidden_grad(self, grad: Tensor) -> None:
         self.hidden_grads.append(grad)

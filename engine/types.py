@@ -43,8 +43,8 @@ class Source(IntEnum):
 class Demonstration:
     """What an expert wrote in answer to a prompt; token_ids end with the end-of-sequence token.
 
-    >>> Demonstration(token_ids=(28, 2), text="4", origin="reasoning_gym")
-    Demonstration(token_ids=(28, 2), text='4', origin='reasoning_gym', logprobs=None, score=None)
+    >>> Demonstration(token_ids=(28, 2), text="4", origin="reasoning_gym", piece_lengths=(1,)).score is None
+    True
     """
 
     token_ids: TokenIds
@@ -54,6 +54,9 @@ class Demonstration:
     """The teacher's own log-probs, one a token; None where they are unknown."""
     score: Score | None = None
     """Verdict of the run's verifier on `text`; None where it was not graded."""
+    piece_lengths: tuple[int, ...] = ()
+    """Tokens of each piece (line or sentence) of `text`, in order, without the end token: what a hint is cut from.
+    The last piece is taken to hold the final answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,13 +202,36 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """One optimizer phase: rows, the loss to use, and the coefficients of this step's schedules."""
+    """One optimizer phase: rows, the loss to use, and the coefficients of this step's schedules.
+
+    A supervised phase beside RL, with AdamW moments of its own and a fixed learning rate:
+
+        Update(rows, "sft", {}, optimizer="expert", learning_rate=1e-6)
+    """
 
     samples: tuple[Sample, ...]
     loss: str
     coefs: Mapping[str, float]
     minibatches: int = 1
     epochs: int = 1
+    optimizer: Literal["main", "expert"] = "main"
+    """Which AdamW moments this phase reads and writes; the weights are the same."""
+    learning_rate: float | None = None
+    """Fixed rate of this phase; None follows the learner's schedule."""
+    refresh_reference: bool = False
+    """True copies the current weights into the frozen reference before this phase."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSampling:
+    """How a loss that declares `token_samples` draws tokens at each trained position."""
+
+    num_samples: int
+    temperature: float = 1.0
+    exact: bool = False
+    """Replace sampling frequencies by the tempered probabilities; nothing is drawn then."""
+    tempered_logprobs: bool = False
+    """Differentiate log-probs of the tempered distribution instead of the policy's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +249,8 @@ class Denominators:
     """Trained tokens of either source."""
     rows: int
     """Rows with a trained token of either source."""
+    positive_tokens: int = 0
+    """Trained POLICY tokens whose advantage is above 0."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -255,6 +283,20 @@ class TrainBatch:
     old_entropy: Tensor | None = None
     values: Tensor | None = None
     returns: Tensor | None = None
+    # Columns of demonstration data that some expert losses need (docs/expert-losses.md):
+    base_logprobs: Tensor | None = None
+    history_logprobs: Tensor | None = None
+    prompt_attention: Tensor | None = None
+    previous_losses: Tensor | None = None
+    """float [N]: the row's mean loss at its last visit, NaN on the first."""
+    # Set by an algorithm's `prepare`, over the whole minibatch:
+    expert_kept: Tensor | None = None
+    """bool [T]: supervised tokens that the expert loss keeps."""
+    stats: Mapping[str, float] | None = None
+    """Counts and other numbers of the minibatch that the expert loss divides by."""
+    # Set by collate and the learner:
+    row_seeds: Tensor | None = None
+    """i64 [N]: what random draws of a row depend on: run seed, step, epoch, group, row number in the update."""
 
     @property
     def num_rows(self) -> int:
@@ -290,6 +332,30 @@ class PolicyOutput:
     logprobs: Tensor
     entropy: Tensor | None = None
     values: Tensor | None = None
+    samples: TokenSamples | None = None
+    forward_kl: Tensor | None = None
+    """KL(reference || policy) over the whole vocabulary; differentiable."""
+    reverse_kl: Tensor | None = None
+    """KL(policy || reference)."""
+    topk_entropy: Tensor | None = None
+    """Entropy of the softmax over the K largest logits; a constant."""
+    vocabulary: int = 0
+    """Number of logits; set with topk_entropy."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenSamples:
+    """Sums over the K tokens a_j drawn at each trained position, [T] each; the [T, V] logits stay in their chunk.
+
+    Target 7, draws 7 3 7 9: hit_rate 1/2, hit_logprobs 2/4 log p(7), miss_logprobs (log p(3) + log p(9)) / 4.
+    """
+
+    hit_rate: Tensor
+    """Share of draws equal to the row's own token; a constant."""
+    hit_logprobs: Tensor
+    """1/K x sum of log p(a_j) over draws equal to the row's own token; differentiable."""
+    miss_logprobs: Tensor
+    """1/K x sum of log p(a_j) over the other draws; differentiable."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -23,6 +23,7 @@ from pydantic import (
 
 from ..algorithms import AlgorithmBase, AlgorithmConfig, Setup, resolve
 from ..engine.config import CheckpointConfig, EvalConfig, LearnerConfig, LoopConfig, Section
+from ..engine.contracts import UNAVAILABLE
 from ..engine.errors import ConfigError, Problem
 from ..engine.types import Sampling
 from ..rewards.config import RewardConfig
@@ -326,6 +327,22 @@ def contradictions(recipe: Recipe) -> list[Problem]:
         "required: rollouts and evaluation are scored; name one, for example math, "
         "or set eval.num_prompts = 0 for supervised training without evaluation",
     )
+    return problems + unfed_expert_loss(recipe)
+
+
+def unfed_expert_loss(recipe: Recipe) -> list[Problem]:
+    """An expert loss whose columns, model outputs or schedule nothing in this run would provide."""
+    loss = getattr(recipe.algorithm, "expert_loss", None)
+    if loss is None:
+        return []
+    path, algorithm = "algorithm.expert_loss.type", recipe.build_algorithm()
+    missing = [f"{need}: {UNAVAILABLE[need]}" for need in sorted(loss.needs & UNAVAILABLE.keys())]
+    problems = [Problem(path, loss.type, f"needs {text}") for text in missing]
+    fed = frozenset[str]().union(*algorithm.needs.values())
+    unfed = sorted(loss.needs - fed) + sorted(loss.coefs(0).keys() - algorithm.coefs(0).keys())
+    if unfed and not problems:
+        message = f"needs {', '.join(unfed)}, which {recipe.algorithm.type} does not feed it; use sft or chord"
+        problems.append(Problem(path, loss.type, message))
     return problems
 
 

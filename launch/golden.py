@@ -18,16 +18,33 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from ..algorithms import AlgorithmBase, Setup, resolve
+from ..algorithms import AlgorithmBase, Setup, hpt, resolve, super_rl
 from ..algorithms.advantages import uniform_groups
 from ..engine.batch import collate, select
 from ..engine.errors import ConfigError, DataError
 from ..engine.model import token_statistics
 from ..engine.types import PolicyOutput, Sample, Sampling, Source, TrainBatch
+from .golden_expert import (
+    CaseError,
+    check_columns,
+    previous_losses,
+    trace_expert_loss,
+    with_expert_columns,
+)
+from .golden_prefix import PREFIX_TRACES, recorded_entropy, token_samples
 
 SCHEMA = 1
 TOLERANCE = 1e-6
-COLUMNS = ("old_logprobs", "ref_logprobs", "values", "returns", "old_entropy")
+COLUMNS = (
+    "old_logprobs",
+    "ref_logprobs",
+    "values",
+    "returns",
+    "old_entropy",
+    "base_logprobs",
+    "history_logprobs",
+    "prompt_attention",
+)
 Case = Mapping[str, Any]
 
 
@@ -60,10 +77,6 @@ class CaseResult:
         return " ".join(fields)
 
 
-class CaseError(ValueError):
-    """The case names something unknown, or an expected key was not produced."""
-
-
 def check_file(path: Path, algorithms: Sequence[str] | None = None) -> Iterator[CaseResult]:
     """Check every case of a file (of the named algorithms only). Raises DataError if it is no golden file."""
     try:
@@ -88,7 +101,7 @@ def check_case(case: Case) -> CaseResult:
             raise CaseError(f"unknown kind {case['kind']!r}; known: {', '.join(KINDS)}")
         tolerance = case.get("tolerance") or TOLERANCE
         error, problem = compare(case["expect"], produced, tolerance, "")
-    except (CaseError, ConfigError, ValidationError, KeyError) as failure:
+    except (CaseError, ConfigError, DataError, ValidationError, KeyError) as failure:
         lines = f"{type(failure).__name__}: {failure}".splitlines()
         problem = " ".join(line.strip() for line in lines)
     return CaseResult(
@@ -175,16 +188,31 @@ def run_loss(case: Case) -> dict[str, Any]:
         )
     samples = algorithm.credit([row_sample(row) for row in rows])
     batch = collate(samples, torch.float64)
-    batch = replace(batch, **{name: column(rows, name) for name in COLUMNS if has(rows, name)})
+    present = [n for n in COLUMNS if has(rows, n) or n in algorithm.needs[update]]
+    batch = replace(batch, **{name: column(rows, name) for name in present})
+    if "old_entropy" in algorithm.needs[update]:
+        batch = replace(batch, old_entropy=recorded_entropy(rows, batch))
     batch = algorithm.finish(batch)
-    coefs = {**algorithm.coefs(case.get("step") or 0), **(case.get("coefs") or {})}
+    scheduled = algorithm.update(samples, algorithm.coefs(case.get("step") or 0)).coefs
+    coefs = {**scheduled, **(case.get("coefs") or {})}
     logits = [torch.tensor(row["logits"], dtype=torch.float64, requires_grad=True) for row in rows]
     # A batch without any token still has a graph to differentiate.
     loss = sum((leaf.sum() * 0.0 for leaf in logits), torch.zeros((), dtype=torch.float64))
     metrics = dict[str, Tensor]()
+    with torch.no_grad():
+        everything = policy_output(logits, batch)
+    check_columns(rows, algorithm)
+    batch = replace(batch, previous_losses=previous_losses(rows))
+    batch = algorithm.prepare(batch, everything.logprobs, coefs)
     for part in case.get("micro_batches") or [list(range(len(rows)))]:
         micro_batch = select(batch, part)
         out = policy_output([logits[i] for i in part], micro_batch)
+        if "token_samples" in algorithm.needs[update]:
+            chosen = [logits[i] for i in part], [rows[i] for i in part]
+            out = replace(out, samples=token_samples(*chosen, micro_batch, algorithm))
+        out = with_expert_columns(
+            out, micro_batch, [logits[i] for i in part], [rows[i] for i in part], algorithm
+        )
         result = algorithm.losses[update](out, micro_batch, coefs)
         loss = loss + result.loss
         for name, value in result.metrics.items():
@@ -253,6 +281,8 @@ def run_schedule(case: Case) -> dict[str, Any]:
 def run_trace(case: Case) -> dict[str, Any]:
     """Decisions over several steps, by the algorithm's own tracer."""
     algorithm = build(case)
+    if case["algorithm"] == "sft":
+        return {"outputs": trace_expert_loss(algorithm, case["inputs"])}
     tracer = TRACES.get(case["algorithm"])
     if tracer is None:
         raise CaseError(f"{case['algorithm']} has no trace; known: {', '.join(TRACES)}")
@@ -269,7 +299,30 @@ def trace_kept_groups(algorithm: Any, entry: Case) -> dict[str, Any]:
     }
 
 
-TRACES: dict[str, Callable[[Any, Case], dict[str, Any]]] = {"grpo": trace_kept_groups}
+def trace_hpt(algorithm: Any, entry: Case) -> dict[str, Any]:
+    """Right rollouts and the route of each prompt."""
+    threshold = algorithm.config.success_threshold
+    solved = {name: hpt.count_solved(rewards, threshold) for name, rewards in entry["rewards"]}
+    routes = {
+        name: hpt.choose_route(rewards, algorithm.config) for name, rewards in entry["rewards"]
+    }
+    return {"solved": solved, "routes": routes}
+
+
+def trace_super_rl(algorithm: Any, entry: Case) -> dict[str, Any]:
+    """The route of each prompt."""
+    config = algorithm.config
+    return {
+        "routes": {n: super_rl.choose_route(rewards, config) for n, rewards in entry["rewards"]}
+    }
+
+
+TRACES: dict[str, Callable[[Any, Case], dict[str, Any]]] = {
+    "grpo": trace_kept_groups,
+    "hpt": trace_hpt,
+    "super_rl": trace_super_rl,
+    **PREFIX_TRACES,
+}
 KINDS: dict[str, Callable[[Case], dict[str, Any]]] = {
     "loss": run_loss,
     "advantage": run_advantage,

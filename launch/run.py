@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +164,7 @@ def composed(inputs: Inputs, folder: Path) -> Iterator[Any]:
         from .console import make_console
 
         data = load_prompts(inputs, model_path)
+        algorithm.setup = replace(algorithm.setup, find_prompt=data.find)
         pool.wait_started(stop_token_ids=[data.end_token_id])
         ranks.wait_started()
         if scorer is not None:
@@ -209,6 +210,7 @@ def start_ranks(recipe: Recipe, algorithm: AlgorithmBase, model_path: str) -> An
         algorithm.needs,
         learner_env(),
         recipe.rollouts.gpu_share,
+        algorithm.token_sampling,
     )
 
 

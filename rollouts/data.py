@@ -21,6 +21,7 @@ from ..engine.types import Demonstration, Prompt
 from .chat import ChatFormat, ControlTokenError, PromptTooLongError
 from .config import DataConfig
 from .order import ShuffledStream
+from .pieces import Pieces
 from .readers import read_records
 from .records import Record, Records
 
@@ -73,7 +74,8 @@ class DataReport:
 class _Encoded:
     record: Record
     prompt: np.ndarray
-    demonstrations: tuple[tuple[str, np.ndarray], ...]
+    demonstrations: tuple[tuple[str, np.ndarray, np.ndarray], ...]
+    """Text, token ids, tokens of each piece."""
 
     def to_prompt(self) -> Prompt:
         record = self.record
@@ -84,8 +86,13 @@ class _Encoded:
             answer=record.answer,
             reward=record.reward,
             demonstrations=tuple(
-                Demonstration(token_ids=tuple(ids.tolist()), text=text, origin=record.origin)
-                for text, ids in self.demonstrations
+                Demonstration(
+                    token_ids=tuple(ids.tolist()),
+                    text=text,
+                    origin=record.origin,
+                    piece_lengths=tuple(pieces.tolist()),
+                )
+                for text, ids, pieces in self.demonstrations
             ),
             metadata=record.metadata,
         )
@@ -125,6 +132,7 @@ class Data:
         self.end_token_id = end_token_id
         self.report = report
         self._train = train
+        self._rows: dict[str, int] = {}
         self._experts = [i for i, row in enumerate(train) if row.demonstrations]
         self._stream = ShuffledStream(len(train), seed=seed, name="prompts")
         self._expert_stream = ShuffledStream(len(self._experts), seed=seed, name="experts")
@@ -169,6 +177,14 @@ class Data:
     def peek(self, n: int) -> Sequence[Prompt]:
         """Some training prompts; the streams do not move."""
         return [row.to_prompt() for row in self._train[:n]]
+
+    def find(self, prompt_id: str) -> Prompt:
+        """A training prompt by its id; raises DataError where there is none."""
+        if not self._rows:
+            self._rows.update((row.record.prompt_id, i) for i, row in enumerate(self._train))
+        if prompt_id not in self._rows:
+            raise DataError(f"no training prompt has the id {prompt_id!r}")
+        return self._train[self._rows[prompt_id]].to_prompt()
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -226,7 +242,7 @@ def load_data(
         dropped=dict(ledger.dropped),
         first_dropped=ledger.first,
         long_demonstrations=sum(
-            len(ids) > max_response_length for row in train for _, ids in row.demonstrations
+            len(ids) > max_response_length for row in train for _, ids, _ in row.demonstrations
         ),
         refused_demonstrations=ledger.refused_demonstrations,
     )
@@ -240,6 +256,7 @@ def load_data(
 def _encode(
     records: Sequence[Record], chat: ChatFormat, max_prompt: int, max_response: int, ledger: _Ledger
 ) -> Iterable[_Encoded]:
+    pieces = Pieces(chat.tokenizer)
     for record in records:
         try:
             prompt = chat.encode_prompt(record.messages, max_length=max_prompt)
@@ -257,7 +274,8 @@ def _encode(
                 except ControlTokenError:
                     ledger.refused_demonstrations += 1
                 else:
-                    responses.append((text, np.array(ids, np.int32)))
+                    lengths = pieces.lengths(ids[:-1])  # without the end token
+                    responses.append((text, np.array(ids, np.int32), np.array(lengths, np.int32)))
             yield _Encoded(record, np.array(prompt, np.int32), tuple(responses))
 
 

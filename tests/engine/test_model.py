@@ -32,7 +32,7 @@ def test_log_probs_and_entropy_agree_with_the_plain_model(family, packing):
     batch = from_sequences(SEQUENCES)
     plain = AutoModelForCausalLM.from_pretrained(family, attn_implementation="eager").eval()
     with torch.no_grad():
-        logprobs, entropy = policy(batch, True)
+        logprobs, entropy, _ = policy(batch, True)
         start = 0
         for sequence in SEQUENCES:
             expected, logits = plain_logprobs(plain, sequence)
@@ -69,7 +69,7 @@ def test_the_head_is_checked_against_the_plain_model(family, monkeypatch):
 def test_only_trained_tokens_have_log_probs(tiny_model):
     model = load_model(str(tiny_model), LearnerConfig())
     batch = collate(make_rows("pe"))
-    logprobs, entropy = PolicyModel(model, packing=True, logit_chunk_tokens=64)(batch, False)
+    logprobs, entropy, _ = PolicyModel(model, packing=True, logit_chunk_tokens=64)(batch, False)
     assert entropy is None
     assert ((logprobs != 0) == batch.trained).all()
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from plait.algorithms import ALGORITHMS, advantages, expert_losses, losses, schedules
+from plait.algorithms.expert_base import TokenLoss
 from plait.launch.golden import check_case, check_file
 
 FILES = sorted(Path(__file__).parent.glob("*.json"))
@@ -50,9 +51,9 @@ def test_leave_one_out_without_its_factor_fails(monkeypatch):
     [("Dft", "sft/loss/probability weights, entropy bonus"), ("Phi", "chord/loss/phi")],
 )
 def test_weight_with_gradient_fails(monkeypatch, loss, case):
-    def attached(self, logprobs):
-        p = logprobs.exp()
-        return -(p if loss == "Dft" else p * (1 - p)) * logprobs
+    def attached(self, tokens):
+        p = tokens.logprobs.exp()
+        return TokenLoss(-(p if loss == "Dft" else p * (1 - p)) * tokens.logprobs)
 
     monkeypatch.setattr(getattr(expert_losses, loss), "__call__", attached)
     assert fails(case)

@@ -1,0 +1,168 @@
+"""ReLIFT: RL, interleaved with fine-tuning on the questions that RL cannot solve (arXiv 2506.07527).
+
+Objective: `main` as grpo. `sft`: expert loss - expert_entropy_coef x entropy, both over EXPERT tokens and both with
+`expert_normalizer` (the one place where an entropy is not normalized by tokens).
+
+A prompt all of whose rollouts failed goes, if it has a demonstration, to a buffer; a full buffer triggers one extra
+optimizer phase `sft` after the RL update of that step. That phase has its own AdamW moments and a fixed learning rate.
+Newest first; nothing is evicted or tested again; a prompt may be in the buffer twice. A group with an UNKNOWN score is
+not known to have failed.
+
+Departs from the public code: an absent buffer has length 0 (there it crashes); `sft` is a true mean (there scaled by
+1 / ranks); the buffer is in the checkpoint. From the paper: no clipping and no division by the standard deviation in
+`main`, as in the code; `sft` is a token mean (`rows` is the paper's).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
+
+from pydantic import Field
+
+from ..engine.contracts import LossFn, Need
+from ..engine.errors import CheckpointError
+from ..engine.types import (
+    LossOutput,
+    PolicyOutput,
+    Prompt,
+    RolloutGroup,
+    StepPlan,
+    TrainBatch,
+    Update,
+    UpdateReport,
+)
+from .advantages import Estimator
+from .base import AlgorithmBase, ExpertFields, PolicyFields, Setup, expert_rows, surrogate_needs
+from .grpo import grpo_loss
+from .losses import Members, Normalizer, expert_component
+
+
+class ReliftConfig(PolicyFields, ExpertFields):
+    type: Literal["relift"] = "relift"
+    expert_batch_size: int = Field(default=128, ge=1)
+    """Failed prompts that make a fine-tuning phase (M in the paper)."""
+    failure_threshold: float = 0.0
+    """A prompt failed when no rollout's reward is above this."""
+    expert_entropy_coef: float = Field(default=0.001, ge=0)
+    expert_epochs: int = Field(default=1, ge=1)
+    expert_learning_rate: float = Field(default=1e-6, gt=0)
+    expert_optimizer: Literal["separate", "shared"] = "separate"
+    """separate: AdamW moments of its own; shared: those of `main`."""
+    advantage: Estimator = "group_mean"
+    clip_low: float | None = Field(default=None, ge=0)
+    clip_high: float | None = Field(default=None, ge=0)
+    normalizer: Normalizer = "constant"
+    entropy_coef: float = Field(default=0.001, ge=0)
+
+
+def all_failed(rewards: Sequence[float | None], threshold: float) -> bool:
+    """Every rollout, of at least one, is known to be wrong."""
+    return bool(rewards) and all(r is not None and r <= threshold for r in rewards)
+
+
+def relift_sft_loss(
+    out: PolicyOutput, batch: TrainBatch, coefs: Mapping[str, float], *, config: ReliftConfig
+) -> LossOutput:
+    """Expert loss minus an entropy bonus with the same normalizer; out.logprobs and out.entropy are [T]."""
+    normalizer, longest = config.expert_normalizer, config.max_response_length
+    loss, metrics = expert_component(out, batch, config.expert_loss, normalizer, longest, coefs)
+    if config.expert_entropy_coef == 0:
+        return LossOutput(loss, metrics)
+    if out.entropy is None:
+        raise ValueError("expert_entropy_coef > 0 needs entropy; declare it in `needs`")
+    members = Members.expert(batch)
+    entropy = members.normalize(out.entropy, batch, normalizer, longest)
+    if members.tokens:
+        metrics = {**metrics, "expert_entropy": entropy.detach()}
+    return LossOutput(loss - config.expert_entropy_coef * entropy, metrics)
+
+
+class Relift(AlgorithmBase):
+    Config = ReliftConfig
+
+    def __init__(self, config: ReliftConfig, setup: Setup) -> None:
+        super().__init__(config, setup)
+        self.buffer: list[Prompt] = []
+        self.sft_phases = 0
+        self._failed_prompts = 0
+
+    @property
+    def losses(self) -> Mapping[str, LossFn]:
+        return {
+            "main": partial(grpo_loss, config=self.config),
+            "sft": partial(relift_sft_loss, config=self.config),
+        }
+
+    @property
+    def needs(self) -> Mapping[str, frozenset[Need]]:
+        sft: set[Need] = {"demonstrations"}
+        if self.config.expert_entropy_coef > 0:
+            sft.add("entropy")
+        sft |= self.config.expert_loss.needs
+        return {"main": surrogate_needs(self.config), "sft": frozenset(sft)}
+
+    def coefs(self, step: int) -> dict[str, float]:
+        return self.config.expert_loss.coefs(step)
+
+    def assemble(
+        self, plan: StepPlan, groups: Sequence[RolloutGroup], step: int
+    ) -> Sequence[Update]:
+        updates = [*super().assemble(plan, groups, step)]
+        failed = [group.prompt for group in groups if self.has_failed(group)]
+        self._failed_prompts = len(failed)
+        batch = self.take_batch([prompt for prompt in failed if prompt.demonstrations])
+        if batch is not None:
+            updates.append(self.sft_update(batch, step))
+        return updates
+
+    def has_failed(self, group: RolloutGroup) -> bool:
+        rewards = [score.reward for score in group.scores]
+        return all_failed(rewards, self.config.failure_threshold)
+
+    def take_batch(self, failed: Sequence[Prompt]) -> list[Prompt] | None:
+        """Put failed prompts in front of the buffer; a full one gives its first `expert_batch_size`."""
+        size = self.config.expert_batch_size
+        self.buffer = [*failed, *self.buffer]
+        if len(self.buffer) < size:
+            return None
+        batch, self.buffer = self.buffer[:size], self.buffer[size:]
+        return batch
+
+    def sft_update(self, prompts: Sequence[Prompt], step: int) -> Update:
+        config = self.config
+        return Update(
+            tuple(expert_rows(prompts, config.max_response_length)),
+            "sft",
+            self.coefs(step),
+            epochs=config.expert_epochs,
+            optimizer="expert" if config.expert_optimizer == "separate" else "main",
+            learning_rate=config.expert_learning_rate,
+        )
+
+    def observe(self, report: UpdateReport) -> None:
+        self.sft_phases += report.loss_name == "sft"
+
+    def metrics(self) -> Mapping[str, float]:
+        return {
+            "buffer_size": len(self.buffer),
+            "failed_prompts": self._failed_prompts,
+            "sft_phases": self.sft_phases // self.config.expert_epochs,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Prompt ids of the buffer, in order, and optimizer steps of `sft` so far."""
+        return {
+            "buffer": [prompt.prompt_id for prompt in self.buffer],
+            "sft_phases": self.sft_phases,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state["buffer"] and self.setup.find_prompt is None:
+            raise CheckpointError(
+                f"relift's buffer names {len(state['buffer'])} prompts, but Setup.find_prompt is not set"
+            )
+        find = self.setup.find_prompt
+        self.buffer = [find(prompt_id) for prompt_id in state["buffer"]] if find else []
+        self.sft_phases = state["sft_phases"]

@@ -1,0 +1,110 @@
+"""SuperRL: RL where some rollout succeeds, SFT on the demonstrations elsewhere (arXiv 2506.01096).
+
+Objective: (1 - expert_share) x policy + expert_share x expert - entropy_coef x entropy + kl_coef x KL.
+expert_share = SFT-routed prompts / all prompts of the update: the mean over prompts of a hard switch.
+
+A prompt whose best reward is at most `failure_threshold` loses its rollouts and contributes all its demonstrations (no
+reward, in no statistic). Without a demonstration it stays in RL. Only known scores decide; a prompt without any is left
+out. Prompts whose rows train nothing (`drop_uniform_groups`) are not counted in expert_share.
+
+Departs from the paper: the advantage-gated and learned-sigma variants are not offered; both normalizers, `rows`, are
+ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Literal
+
+from ..engine.contracts import LossFn, Need
+from ..engine.types import (
+    LossOutput,
+    PolicyOutput,
+    RolloutGroup,
+    Sample,
+    Source,
+    StepPlan,
+    TrainBatch,
+    Update,
+)
+from .base import (
+    AlgorithmBase,
+    ExpertFields,
+    PolicyFields,
+    expert_row,
+    rollout_rows,
+    surrogate_needs,
+)
+from .grpo import regularize
+from .losses import Normalizer, expert_component, policy_component
+
+Route = Literal["rl", "sft"]
+
+
+class SuperRlConfig(PolicyFields, ExpertFields):
+    type: Literal["super_rl"] = "super_rl"
+    failure_threshold: float = 0.0
+    """A prompt whose best rollout has at most this reward trains its demonstrations."""
+    normalizer: Normalizer = "rows"
+    expert_normalizer: Normalizer = "rows"
+
+
+def choose_route(rewards: Sequence[float], config: SuperRlConfig) -> Route:
+    """How a prompt with these known rewards trains."""
+    return "sft" if max(rewards) <= config.failure_threshold else "rl"
+
+
+def expert_share(samples: Sequence[Sample]) -> float:
+    """Distinct groups of trained expert rows / distinct groups of trained rows; 0 where nothing trains."""
+    trained = [s for s in samples if s.weights[s.source != Source.CONTEXT].any()]
+    experts = {s.group_id for s in trained if not (s.source == Source.POLICY).any()}
+    return len(experts) / max(len({s.group_id for s in trained}), 1)
+
+
+def super_rl_loss(
+    out: PolicyOutput, batch: TrainBatch, coefs: Mapping[str, float], *, config: SuperRlConfig
+) -> LossOutput:
+    """(1 - share) policy + share expert + regularizers; coefs: expert_share. Logged losses are those before it."""
+    share = coefs["expert_share"]
+    policy, policy_metrics = policy_component(out, batch, config)
+    expert, expert_metrics = expert_component(
+        out, batch, config.expert_loss, config.expert_normalizer, config.max_response_length, coefs
+    )
+    regularizers, metrics = regularize(out, batch, config)
+    loss = (1 - share) * policy + share * expert + regularizers
+    return LossOutput(loss, {**policy_metrics, **expert_metrics, **metrics})
+
+
+class SuperRl(AlgorithmBase):
+    Config = SuperRlConfig
+
+    @property
+    def losses(self) -> Mapping[str, LossFn]:
+        return {"main": partial(super_rl_loss, config=self.config)}
+
+    @property
+    def needs(self) -> Mapping[str, frozenset[Need]]:
+        return {"main": surrogate_needs(self.config) | {"demonstrations"}}
+
+    def coefs(self, step: int) -> dict[str, float]:
+        return self.config.expert_loss.coefs(step)
+
+    def update(self, samples: Sequence[Sample], coefs: Mapping[str, float]) -> Update:
+        """The share follows from the update's own rows."""
+        return super().update(samples, {**coefs, "expert_share": expert_share(samples)})
+
+    def assemble(
+        self, plan: StepPlan, groups: Sequence[RolloutGroup], step: int
+    ) -> Sequence[Update]:
+        rows: list[Sample] = []
+        for group in groups:
+            prompt = group.prompt
+            if not group.rewards:
+                continue
+            if prompt.demonstrations and choose_route(group.rewards, self.config) == "sft":
+                limit = self.config.max_response_length
+                rows += [expert_row(prompt, d, limit) for d in prompt.demonstrations]
+            else:
+                rows += rollout_rows([group])
+        return [self.update(self.credit(rows), self.coefs(step))]

@@ -1,0 +1,144 @@
+"""ViSurf: the label as an extra member of the group (arXiv 2510.10606).
+
+Objective: surrogate over POLICY tokens and EXPERT tokens alike, one denominator, - entropy_coef x entropy + kl_coef x
+KL. Old log-probs of the demonstration are those of the policy before the update, as for rollouts.
+
+`expert_rows_per_group` demonstrations join the `rollouts_per_prompt` rollouts. Smoothing: where the best rollout is as
+good as the demonstration, the latter's reward becomes the mean rollout reward and its advantage exactly 0. Then the
+advantage is taken over the union.
+
+A demonstration without a score counts as right: reward 1.0; one whose score is UNKNOWN, or whose group has no scored
+rollout, is left out. Prompts without demonstration get rollouts only.
+
+Departs from the paper: it leaves the convention of the std and the demonstration's old log-prob open, so both are ours;
+there is no format reward for the demonstration, aligning its text is the data set's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from statistics import fmean
+from typing import Literal
+
+from pydantic import Field
+
+from ..engine.contracts import LossFn, Need
+from ..engine.types import (
+    LossOutput,
+    PolicyOutput,
+    Prompt,
+    RolloutGroup,
+    Sample,
+    Source,
+    StepPlan,
+    TrainBatch,
+    Update,
+)
+from .base import (
+    AlgorithmBase,
+    PolicyFields,
+    Setup,
+    credit_groups,
+    demonstrated,
+    rollout_rows,
+    scored_expert_rows,
+    surrogate_needs,
+)
+from .grpo import regularize
+from .losses import Members, Normalizer, policy_component
+
+
+class VisurfConfig(PolicyFields):
+    type: Literal["visurf"] = "visurf"
+    expert_rows_per_group: int = Field(default=1, ge=1)
+    """Demonstrations in addition to `rollouts_per_prompt`, where the prompt has them."""
+    smooth_expert_reward: bool = True
+    normalizer: Normalizer = "rows"
+
+
+def smoothed_reward(expert_reward: float, rollout_rewards: Sequence[float]) -> float | None:
+    """Mean rollout reward where the best rollout is as good as the demonstration; None: keep the reward."""
+    if not rollout_rewards or max(rollout_rewards) < expert_reward:
+        return None
+    # Exactly equal rewards must stay so: a group without signal has advantages of exactly 0.
+    best = max(rollout_rewards)
+    return best if min(rollout_rewards) == best else fmean(rollout_rewards)
+
+
+def is_expert(sample: Sample) -> bool:
+    return not (sample.source == Source.POLICY).any()
+
+
+def visurf_loss(
+    out: PolicyOutput, batch: TrainBatch, coefs: Mapping[str, float], *, config: VisurfConfig
+) -> LossOutput:
+    """Surrogate over all trained tokens plus regularizers; out.logprobs and out.entropy are [T]."""
+    policy, metrics = policy_component(out, batch, config, Members.all(batch))
+    experts = Members.expert(batch)
+    if experts.tokens:
+        metrics["expert_advantage_mean"] = experts.mean(batch.advantages)
+    regularizers, more = regularize(out, batch, config)
+    return LossOutput(policy + regularizers, {**metrics, **more})
+
+
+class Visurf(AlgorithmBase):
+    Config = VisurfConfig
+
+    def __init__(self, config: VisurfConfig, setup: Setup) -> None:
+        super().__init__(config, setup)
+        self.smoothed_share: float | None = None
+
+    @property
+    def losses(self) -> Mapping[str, LossFn]:
+        return {"main": partial(visurf_loss, config=self.config)}
+
+    @property
+    def needs(self) -> Mapping[str, frozenset[Need]]:
+        return {"main": surrogate_needs(self.config) | {"demonstrations"}}
+
+    def plan(self, prompts: Sequence[Prompt], experts: Sequence[Prompt], step: int) -> StepPlan:
+        return super().plan(prompts, [prompt for prompt in prompts if demonstrated(prompt)], step)
+
+    def assemble(
+        self, plan: StepPlan, groups: Sequence[RolloutGroup], step: int
+    ) -> Sequence[Update]:
+        c = self.config
+        experts = scored_expert_rows(groups, c.expert_rows_per_group, c.max_response_length)
+        rows = self.credit(rollout_rows(groups) + experts)
+        return [self.update(rows, self.coefs(step))]
+
+    def credit(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Smooth, then group advantages on POLICY and EXPERT tokens."""
+        rewards = self._smoothed_rewards(samples) if self.config.smooth_expert_reward else {}
+        labelled = {s.group_id for s in samples if is_expert(s) and s.reward is not None}
+        smoothed = {samples[i].group_id for i in rewards}
+        self.smoothed_share = len(smoothed) / len(labelled) if labelled else None
+        rows = [
+            replace(sample, reward=rewards.get(i, sample.reward))
+            for i, sample in enumerate(samples)
+        ]
+        credited = credit_groups(rows, self.config, (Source.POLICY, Source.EXPERT))
+        return [
+            row.with_advantage(0.0, on=Source.EXPERT) if i in rewards else row
+            for i, row in enumerate(credited)
+        ]
+
+    def _smoothed_rewards(self, samples: Sequence[Sample]) -> dict[int, float]:
+        """New reward of each expert row that is smoothed, by its place."""
+        rollouts: dict[str, list[float]] = {}
+        for sample in samples:
+            if sample.reward is not None and not is_expert(sample):
+                rollouts.setdefault(sample.group_id, []).append(sample.reward)
+        found: dict[int, float] = {}
+        for i, sample in enumerate(samples):
+            if sample.reward is not None and is_expert(sample):
+                reward = smoothed_reward(sample.reward, rollouts.get(sample.group_id, []))
+                if reward is not None:
+                    found[i] = reward
+        return found
+
+    def metrics(self) -> Mapping[str, float]:
+        """smoothed_share: smoothed groups of the last update, of those with a scored demonstration."""
+        return {} if self.smoothed_share is None else {"smoothed_share": self.smoothed_share}

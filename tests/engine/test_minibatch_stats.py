@@ -1,0 +1,63 @@
+"""Statistics that depend on the current weights are those of the whole minibatch, however it is packed."""
+
+import pytest
+import torch
+from rows import make_rows
+
+from plait.algorithms import Setup
+from plait.algorithms.sft import Sft, SftConfig
+from plait.engine.batch import collate
+from plait.engine.config import LearnerConfig
+from plait.engine.learner import LearnerWorker, Rank, WeightRoute
+from plait.engine.learners import LearnerGroup
+from plait.engine.types import Sampling, Update
+
+
+class OneRank:
+    world_size = 1
+
+    def __init__(self, worker):
+        self.worker = worker
+
+    def call(self, method, per_rank):
+        return [getattr(self.worker, method)(*args) for args in per_rank]
+
+    def close(self):
+        self.worker.close()
+
+
+def one_step(model, algorithm, max_tokens):
+    config = LearnerConfig(max_tokens_per_micro_batch=max_tokens)
+    worker = LearnerWorker(str(model), config, algorithm.losses, algorithm.needs, Rank())
+    route = WeightRoute("shared_memory", "float32", 60.0)
+    group = LearnerGroup(
+        OneRank(worker), config, algorithm.needs, total_steps=4, seed=0, route=route
+    )
+    torch.manual_seed(0)
+    rows = make_rows("eeee")
+    update = Update(tuple(rows), "main", {})
+    batch = algorithm.finish(collate(rows))
+    (report,) = group.update(batch, update, step=0, prepare=algorithm.prepare)
+    return report
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"type": "talr"},
+        {"type": "talr", "normalization": "simplex"},
+        # The tiny model's probabilities are near 1 / vocabulary.
+        {"type": "prob_family", "keep_probability_above": 0.0033},
+    ],
+)
+def test_packing_does_not_change_them(tiny_model, loss):
+    algorithm = Sft(SftConfig.model_validate({"expert_loss": loss}), Setup(Sampling(16)))
+    longest = max(len(row) for row in make_rows("eeee"))
+    whole = one_step(tiny_model, algorithm, 4096)
+    parts = one_step(tiny_model, algorithm, longest)
+    assert parts.grad_norm == pytest.approx(whole.grad_norm, rel=1e-5)
+    assert parts.metrics == pytest.approx(whole.metrics, rel=1e-5, abs=1e-7)
+    if loss["type"] == "prob_family":
+        assert 0 < whole.metrics["expert_kept_fraction"] < 1
+    else:
+        assert whole.metrics["expert_temperature"] > 1

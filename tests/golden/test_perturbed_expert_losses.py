@@ -1,0 +1,215 @@
+"""Expert losses reproduce their reference numbers, and a wrong formula would not."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from plait.algorithms import ALGORITHMS, expert_base, expert_losses, expert_rows, expert_selection
+from plait.algorithms.expert_base import ExpertLossBase, Supervised, TokenLoss
+from plait.launch import golden_expert
+from plait.launch.golden import check_case
+
+FILE = Path(__file__).parent / "expert.json"
+TYPES = {
+    cls.model_fields["type"].default: cls
+    for module in (expert_losses, expert_rows, expert_selection)
+    for cls in vars(module).values()
+    if isinstance(cls, type) and issubclass(cls, ExpertLossBase) and "type" in cls.model_fields
+}
+ALL = {case["name"]: case for case in json.loads(FILE.read_text())["cases"]}
+CASES = {
+    name: case
+    for name, case in ALL.items()
+    if case["algorithm"] in ALGORITHMS
+    and case["config"].get("expert_loss", {}).get("type") in TYPES
+    and "input_hook" not in case["config"]["expert_loss"]
+}
+
+
+def fails(name: str) -> bool:
+    return not check_case(CASES[name]).ok
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_case_is_reproduced(name):
+    result = check_case(CASES[name])
+    assert result.ok, result.problem
+    assert result.max_abs_err < 1e-9
+
+
+def test_every_type_has_a_case():
+    assert {case["config"]["expert_loss"]["type"] for case in CASES.values()} == set(TYPES)
+
+
+@pytest.mark.parametrize("name", sorted(set(ALL) - set(CASES)))
+def test_unsupported_cases_fail_without_an_exception(name):
+    if ALL[name]["algorithm"] == "sft":
+        result = check_case(ALL[name])
+        assert not result.ok
+        assert result.problem
+
+
+# One field off: (case, field, wrong value).
+FIELDS = [
+    ("nll_first_tokens", "first_tokens", 3),
+    ("dft_sequence_probability", "probability_level", "token"),
+    ("prob_family_alpha_half", "alpha", 1.0),
+    ("prob_family_p_above_threshold", "keep_probability_above", 0.5),
+    ("prob_family_p_above_threshold", "denominator", "all_tokens"),
+    ("prob_family_logp_below_threshold_all_tokens", "denominator", "kept_tokens"),
+    ("prob_family_logp_below_threshold_all_tokens", "alpha", 1.0),
+    ("profit_default", "denominator", "kept_tokens"),
+    ("profit_default", "direction", "lower"),
+    ("profit_middle_kept_tokens", "threshold_high", 1.0),
+    ("psft_default", "clip_high", 0.2),
+    ("asft_default", "kl_coef", 0.1),
+    ("asft_default", "kl_direction", "reverse"),
+    ("asft_reverse_kl", "kl_direction", "forward"),
+    ("asft_sft_plus_kl", "base_weight", "probability"),
+    ("eaft_paper_normalizer", "entropy_normalizer", 3.0),
+    ("eaft_paper_normalizer", "top_k", 3),
+    ("eaft_code_normalizer_small_vocabulary", "exponent", 2.0),
+    ("iw_sft_sequence", "ratio_exponent", 2.0),
+    ("iw_sft_sequence", "level", "token"),
+    ("iw_sft_token_clamped", "weight_max", 16.0),
+    ("talr_default", "temperature", "token_median"),
+    ("talr_default", "weight_floor", 0.5),
+    ("talr_token_median_micro_batches", "temperature", "token_mean"),
+    ("talr_simplex", "normalization", "none"),
+    ("token_weight_critical_tokens_all_tokens", "denominator", "kept_tokens"),
+    ("token_weight_real_weights_weight_sum", "denominator", "kept_tokens"),
+    ("token_cleaning_minibatch_scope", "scope", "row"),
+    ("token_cleaning_row_scope", "keep_fraction", 0.8),
+    ("token_cleaning_minibatch_scope", "denominator", "all_tokens"),
+    ("sstoken_default", "loss_gap_weight", 0.0),
+    ("sstoken_gap_only", "keep_fraction", 0.6),
+    ("glow_default", "gain_sharpness", 10.0),
+    ("glow_wide_weights", "weight_max", 1.0),
+    ("forgetting_scheduled", "negative_loss", "unlikelihood"),
+    ("forgetting_scheduled", "negative_coef_start", 0.0),
+    ("forgetting_unlikelihood_row_scope", "scope", "minibatch"),
+    ("topr_sequence_sums", "negative_ratio_high", 0.1),
+    ("topr_baseline", "reward_baseline", 0.0),
+    ("rift_default", "negative_reward", -0.1),
+    ("rift_row_mean", "probability_scope", "row_sum"),
+    ("rift_row_mean", "probability_scope", "token"),
+]
+
+
+@pytest.mark.parametrize(("name", "field", "value"), FIELDS)
+def test_wrong_field_fails(name, field, value):
+    case = json.loads(json.dumps(CASES[name]))
+    case["config"]["expert_loss"][field] = value
+    result = check_case(case)
+    assert not result.ok
+    assert "ValidationError" not in result.problem
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dft_default",
+        "phi_default",
+        "eaft_paper_normalizer",
+        "iw_sft_sequence",
+        "talr_default",
+        "glow_default",
+    ],
+)
+def test_weight_with_gradient_fails(monkeypatch, name):
+    """Weights computed from log-probs that were not detached; eaft: from the log-probs' own exp."""
+
+    def attached(self, weight):
+        live = weight.detach() * (self.logprobs - self.logprobs.detach()).exp()
+        metrics = {"expert_weight_mean": self.members.mean(weight.detach())}
+        return TokenLoss(-live * self.logprobs, metrics)
+
+    monkeypatch.setattr(Supervised, "weighted", attached)
+    assert fails(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["profit_middle_kept_tokens", "talr_token_median_micro_batches", "topr_baseline"]
+)
+def test_counts_of_the_micro_batch_fail(monkeypatch, name):
+    from dataclasses import replace
+
+    from plait.engine import batch as batching
+    from plait.launch import golden
+
+    def local(batch, rows):
+        part = batching.select(batch, rows)
+        stats = {k: v / 2 for k, v in (part.stats or {}).items()}
+        return replace(part, denom=batching.count(part), stats=stats)
+
+    monkeypatch.setattr(golden, "select", local)
+    assert fails(name)
+
+
+@pytest.mark.parametrize("name", ["token_cleaning_minibatch_scope", "token_cleaning_row_scope"])
+@pytest.mark.parametrize("lowest", [True, False])
+def test_wrong_ranking_fails(monkeypatch, name, lowest):
+    highest = expert_base.highest
+
+    def wrong(scores, mask, count):
+        return highest(-scores, mask, count) if lowest else highest(scores, mask, count + 1)
+
+    monkeypatch.setattr(expert_base, "highest", wrong)
+    assert fails(name)
+
+
+def test_lower_median_fails(monkeypatch):
+    monkeypatch.setattr(expert_losses, "median", lambda values: float(values.median()) + 1e-3)
+    assert fails("talr_default")
+
+
+def test_rounding_down_fails(monkeypatch):
+    monkeypatch.setattr(expert_selection, "rounded_up", lambda fraction, n: int(fraction * n))
+    assert fails("sstoken_default")
+
+
+def test_entropy_of_the_whole_vocabulary_fails(monkeypatch):
+    entropy = golden_expert.topk_entropy
+    monkeypatch.setattr(golden_expert, "topk_entropy", lambda logits, k: entropy(logits, 10**6))
+    assert fails("eaft_paper_normalizer")
+
+
+def test_ratio_of_the_mean_fails_topr(monkeypatch):
+    def mean(values, batch):
+        counts = torch.ones_like(values)
+        total = torch.zeros(batch.num_rows, dtype=values.dtype)
+        return total.index_add(0, batch.row_ids, values) / total.index_add(
+            0, batch.row_ids, counts
+        ).clamp(min=1)
+
+    monkeypatch.setattr(expert_rows, "sum_rows", mean)
+    assert fails("topr_sequence_sums")
+
+
+@pytest.mark.parametrize(
+    ("name", "column"),
+    [
+        ("psft_default", "old_logprobs"),
+        ("asft_default", "ref_logits"),
+        ("iw_sft_sequence", "ref_logprobs"),
+        ("token_weight_critical_tokens", "token_weights"),
+        ("token_cleaning_row_scope", "base_logprobs"),
+        ("sstoken_default", "prompt_attention"),
+        ("sstoken_gap_only", "history_logprobs"),
+        ("forgetting_scheduled", "ref_logprobs"),
+        ("topr_baseline", "old_logprobs"),
+        ("topr_baseline", "reward"),
+        ("rift_default", "reward"),
+    ],
+)
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_missing_column_fails(name, column, everywhere):
+    case = json.loads(json.dumps(CASES[name]))
+    experts = [row for row in case["rows"] if row["source"] == "expert" and row["response_ids"]]
+    for row in experts if everywhere else experts[:1]:
+        row[column] = None
+    result = check_case(case)
+    assert not result.ok
+    assert result.problem
