@@ -1,0 +1,129 @@
+"""Every registered algorithm trains the tiny model: real vLLM, real DeepSpeed in process, the real loop."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from math import isfinite
+
+import pytest
+
+from end_to_end.command_line import read_lines, tiny_recipe, write_recipe
+from plait.algorithms import ALGORITHMS
+from plait.engine.checkpoint import Checkpoints
+from plait.engine.learner import LearnerWorker, Rank, WeightRoute
+from plait.engine.learners import InProcessRank, LearnerGroup
+from plait.engine.loop import Parts, train
+from plait.engine.metrics import RunLog
+from plait.engine.sync_proof import Tolerance
+from plait.launch.config import load_recipe
+from plait.launch.console import PlainConsole
+from plait.launch.run import check_inputs, load_prompts
+from plait.rewards.scorer import ProcessScorer
+from plait.rollouts.pool import Pool
+
+STEPS, MAX_RESPONSE = 3, 24
+CONFIGS = {
+    "chord": {"expert_rows_per_step": 4},
+    "relift": {"expert_batch_size": 2},
+    "sasr": {"warmup_steps": 1},
+    "one_token_rollout": {"samples_per_token": 8},
+}
+"""What an algorithm needs to show all of itself in three steps."""
+
+
+@pytest.fixture(scope="module")
+def pool(ray_session, tiny_model, work_folder):
+    recipe = tiny_recipe(tiny_model, rollouts={"max_response_length": MAX_RESPONSE})
+    config = load_recipe(work_folder / write_recipe(work_folder, "pool.yaml", recipe)).rollouts
+    opened = Pool(str(tiny_model), config, dtype="float32", seed=0)
+    opened.wait_started()
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def demonstrations(work_folder):
+    """Solutions of several sentences, so that there are pieces to hint with."""
+    rows = [
+        {
+            "prompt": f"{i} + {j} =",
+            "answer": str(i + j),
+            "demonstration": f"Take {i}. Add {j}. So {i + j}.",
+        }
+        for i in range(8)
+        for j in range(5)
+    ]
+    (work_folder / "solutions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def build(recipe, data):
+    algorithm = recipe.build_algorithm()
+    algorithm.setup = replace(algorithm.setup, find_prompt=data.find)
+    return algorithm
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_it_trains(name, pool, tiny_model, work_folder, demonstrations, monkeypatch):
+    monkeypatch.chdir(work_folder)
+    algorithm_config = {"type": name, **CONFIGS.get(name, {})}
+    if "rollouts_per_prompt" in ALGORITHMS[name].Config.model_fields:
+        algorithm_config["rollouts_per_prompt"] = 3
+    recipe = tiny_recipe(
+        tiny_model,
+        run={"name": f"every-{name}"},
+        data={"path": "solutions.jsonl"},
+        reward="parity:grade",
+        rollouts={"max_response_length": MAX_RESPONSE},
+        loop={"steps": STEPS, "prompts_per_step": 4},
+        checkpoint={"every": 2},
+    )
+    recipe["algorithm"] = algorithm_config
+    loaded = load_recipe(write_recipe(work_folder, f"{name}.yaml", recipe))
+    inputs = check_inputs(loaded)
+    data = load_prompts(inputs, str(tiny_model))
+    algorithm = build(loaded, data)
+    worker = LearnerWorker(
+        str(tiny_model),
+        loaded.learner,
+        algorithm.losses,
+        algorithm.needs,
+        Rank(),
+        algorithm.token_sampling,
+    )
+    learners = LearnerGroup(
+        InProcessRank(worker),
+        loaded.learner,
+        algorithm.needs,
+        total_steps=STEPS,
+        seed=0,
+        route=WeightRoute("shared_memory", "float32", 60.0),
+    )
+    scorer = ProcessScorer(loaded.reward, str(work_folder))
+    folder = loaded.folder
+    folder.mkdir(parents=True)
+    parts = Parts(
+        algorithm=algorithm,
+        data=data,
+        rollouts=pool,
+        scorer=scorer,
+        learners=learners,
+        checkpoints=Checkpoints(folder / "checkpoints", loaded.checkpoint),
+        log=RunLog(folder, PlainConsole()),
+        probes=[data.eval_prompts[0].token_ids],
+        tolerance=Tolerance.for_dtype("float32"),
+    )
+    try:
+        state = train(loaded.loop, loaded.eval, loaded.sampling, parts)
+    finally:
+        scorer.close()
+        learners.close()
+    assert state.step == STEPS
+    assert state.syncs == state.syncs_proved == state.policy_version + 1
+    assert state.policy_version >= 1, "something was trained"
+    rows = read_lines(folder / "metrics.jsonl")
+    assert all(isfinite(value) for row in rows for value in row.values())
+    json.dumps(algorithm.state_dict())
+    restored = build(loaded, data)
+    restored.load_state_dict(json.loads(json.dumps(algorithm.state_dict())))
+    assert restored.state_dict() == algorithm.state_dict()
