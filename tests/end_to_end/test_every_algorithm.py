@@ -99,6 +99,7 @@ def test_it_trains(name, pool, tiny_model, work_folder, demonstrations, monkeypa
         seed=0,
         route=WeightRoute("shared_memory", "float32", 60.0),
     )
+    assert loaded.reward is not None
     scorer = ProcessScorer(loaded.reward, str(work_folder))
     folder = loaded.folder
     folder.mkdir(parents=True)
