@@ -8,6 +8,7 @@ then runs a no-grad pass over the minibatch first.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -148,8 +149,9 @@ class ExpertLossBase(Section):
         """The type on one micro-batch."""
         return self(Supervised(out, batch, Members.expert(batch), coefs))
 
+    @abstractmethod
     def __call__(self, tokens: Supervised) -> TokenLoss:
-        raise NotImplementedError(f"{type(self).__name__} defines no loss")
+        """Values of the supervised tokens, with metrics and, where it selects, its own counts."""
 
 
 def supervised(batch: TrainBatch) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from math import log
 from typing import TYPE_CHECKING, Literal
@@ -37,8 +38,9 @@ class ProbabilityThreshold(ExpertLossBase):
 
     denominator: Denominator = "kept_tokens"
 
+    @abstractmethod
     def keeps(self, probability: Tensor) -> Tensor:
-        raise NotImplementedError(f"{type(self).__name__} defines no threshold")
+        """bool [T]: tokens whose current probability [T] lets them train."""
 
     @property
     def selects(self) -> bool:
