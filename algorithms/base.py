@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from ..engine.config import Section
-from ..engine.contracts import LossFn, Need
+from ..engine.contracts import DrawFn, LossFn, Need
 from ..engine.errors import ConfigError, DataError
 from ..engine.types import (
     Demonstration,
@@ -261,6 +261,12 @@ class AlgorithmBase(ABC):
 
     def plan(self, prompts: Sequence[Prompt], experts: Sequence[Prompt], step: int) -> StepPlan:
         return StepPlan(tuple(self.request(prompt) for prompt in prompts), tuple(experts))
+
+    def follow_up(
+        self, rounds: Sequence[Sequence[RolloutGroup]], step: int, draw: DrawFn
+    ) -> Sequence[RolloutRequest]:
+        """One round of rollouts a step."""
+        return ()
 
     def coefs(self, step: int) -> dict[str, float]:
         """Scheduled coefficients at this many completed steps."""

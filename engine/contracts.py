@@ -66,6 +66,9 @@ UNAVAILABLE: Mapping[str, str] = {
 PrepareFn = Callable[["TrainBatch", "Tensor | None", Mapping[str, float]], "TrainBatch"]
 """(minibatch, its current log-probs where the loss needs `minibatch_stats`, coefs) -> minibatch with `stats`."""
 
+DrawFn = Callable[[int], Sequence["Prompt"]]
+"""draw(n): the next n training prompts of the stream, less those that were already in this step."""
+
 RewardFn = Callable[["Prompt", str], "Score | float | None"]
 """(prompt, completion) -> Score, number, or None for UNKNOWN; sync or async."""
 
@@ -93,10 +96,22 @@ class Algorithm(Protocol):
         """Driver: decide who is rolled out (how often, with which prefix) and whose demonstration trains."""
         ...
 
+    def follow_up(
+        self, rounds: Sequence[Sequence[RolloutGroup]], step: int, draw: DrawFn
+    ) -> Sequence[RolloutRequest]:
+        """Driver, after each round of rollouts: what to roll out next; nothing ends the step's rollouts.
+
+        `rounds` holds the scored groups of every round so far (at least one), in the order they were asked for.
+        """
+        ...
+
     def assemble(
         self, plan: StepPlan, groups: Sequence[RolloutGroup], step: int
     ) -> Sequence[Update]:
-        """Driver, numpy: rows with source, advantage and weight per token; coefficients of this step."""
+        """Driver, numpy: rows with source, advantage and weight per token; coefficients of this step.
+
+        `groups` are those of all rounds, one round after the other; a prompt has one group a round that asked for it.
+        """
         ...
 
     def finish(self, batch: TrainBatch) -> TrainBatch:

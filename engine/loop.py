@@ -8,9 +8,9 @@ It knows no algorithm, no Ray and no vLLM: everything comes through the Protocol
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 from .batch import collate
 from .checkpoint import Checkpoints, RunState
@@ -18,10 +18,15 @@ from .config import EvalConfig, LoopConfig
 from .contracts import Algorithm, DataSource, Learners, RolloutPool, Scorer
 from .metrics import EvalResult, RunLog, evaluate_groups, step_metrics
 from .sync_proof import Tolerance, prove_sync
-from .types import RolloutRequest, Sampling, Update, UpdateReport
-
-if TYPE_CHECKING:
-    from .types import RolloutGroup
+from .types import (
+    Prompt,
+    RolloutGroup,
+    RolloutRequest,
+    Sampling,
+    StepPlan,
+    Update,
+    UpdateReport,
+)
 
 
 @dataclass(frozen=True)
@@ -59,12 +64,9 @@ def train(config: LoopConfig, evaluation: EvalConfig, sampling: Sampling, parts:
         experts = data.take_experts(algorithm.expert_rows_per_step)
         plan = algorithm.plan(prompts, experts, step)
 
-        # 2. Experience, scored while it streams in. A supervised step has no requests.
-        groups: Sequence[RolloutGroup] = ()
-        if plan.requests:
-            with log.phase("rollout"):
-                stream = parts.rollouts.generate(plan.requests, step=step)
-                groups = parts.scorer.score(plan.requests, log.watch(stream, plan.requests))
+        # 2. Experience in one or several rounds, scored while it streams in. A supervised step has none.
+        rounds = rollout_rounds(parts, plan, prompts, step)
+        groups = [group for round_ in rounds for group in round_]
 
         # 3. Learning signal: rows with source, advantage and weight per token.
         updates = algorithm.assemble(plan, groups, step)
@@ -79,7 +81,7 @@ def train(config: LoopConfig, evaluation: EvalConfig, sampling: Sampling, parts:
         state.advance(reports)
         if reports:
             publish(parts, state)
-        log.step(state, groups, step_metrics(state, groups, updates, reports, algorithm.metrics()))
+        log.step(state, groups, step_metrics(state, rounds, updates, reports, algorithm.metrics()))
 
         last = state.step == config.steps
         if evaluation.num_prompts and (last or due(state.step, evaluation.every)):
@@ -88,6 +90,37 @@ def train(config: LoopConfig, evaluation: EvalConfig, sampling: Sampling, parts:
             with log.phase("checkpoint"):
                 parts.checkpoints.save(state, algorithm, data, parts.learners)
     return state
+
+
+def rollout_rounds(
+    parts: Parts, plan: StepPlan, prompts: Sequence[Prompt], step: int
+) -> list[Sequence[RolloutGroup]]:
+    """The plan's rollouts, then what the algorithm asks for after seeing them, round by round.
+
+    A prompt's rollouts are numbered on over its rounds, so each has a seed of its own.
+    """
+    seen = {prompt.prompt_id for prompt in prompts}
+    numbered: Counter[str] = Counter()
+
+    def draw(n: int) -> list[Prompt]:
+        fresh = [prompt for prompt in parts.data.take(n) if prompt.prompt_id not in seen]
+        seen.update(prompt.prompt_id for prompt in fresh)
+        return fresh
+
+    rounds: list[Sequence[RolloutGroup]] = []
+    requests = plan.requests
+    while requests:
+        requests = [
+            replace(r, first_index=r.first_index + numbered[r.prompt.prompt_id]) for r in requests
+        ]
+        with parts.log.phase("rollout"):
+            stream = parts.rollouts.generate(requests, step=step)
+            rounds.append(parts.scorer.score(requests, parts.log.watch(stream, requests)))
+        for r in requests:
+            end = r.first_index + r.n
+            numbered[r.prompt.prompt_id] = max(numbered[r.prompt.prompt_id], end)
+        requests = parts.algorithm.follow_up(rounds, step, draw)
+    return rounds
 
 
 def apply_update(parts: Parts, update: Update, step: int) -> list[UpdateReport]:

@@ -69,20 +69,21 @@ def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, flo
 
 def step_metrics(
     state: RunState,
-    groups: Sequence[RolloutGroup],
+    rounds: Sequence[Sequence[RolloutGroup]],
     updates: Sequence[Update],
     reports: Sequence[UpdateReport],
     algorithm: Mapping[str, float],
 ) -> dict[str, float]:
-    """All numbers of one step, by the names of docs/metrics.md."""
+    """All numbers of one step, by the names of docs/metrics.md; `rounds`: the groups of each round of rollouts."""
     samples = [sample for update in updates for sample in update.samples]
     metrics: dict[str, float] = {
         "policy_version": state.policy_version,
         "rows/expert": sum(not (s.source == Source.POLICY).any() for s in samples),
         **{f"algorithm/{name}": value for name, value in algorithm.items()},
     }
-    if groups:
-        metrics |= rollout_metrics(groups)
+    if rounds:
+        groups = [group for round_ in rounds for group in round_]
+        metrics |= {"rollouts/rounds": len(rounds), **rollout_metrics(groups)}
     versions = [s.policy_version for s in samples if s.policy_version is not None]
     if versions:
         # Rows were sampled before this step's update, under at most the version before the current one.
@@ -93,6 +94,8 @@ def step_metrics(
 
 
 def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """Numbers over all rollouts of a step; shares of groups count each prompt's first group, its own attempt."""
+    first = {group.prompt.prompt_id: group for group in reversed(groups)}
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     rewards = [reward for group in groups for reward in group.rewards]
     metrics: dict[str, float] = {
@@ -103,10 +106,9 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         "reward/unknown": len(rollouts) - len(rewards),
     }
     if rewards:
-        scored = [group.rewards for group in groups if group.rewards]
+        metrics |= {"reward/mean": fmean(rewards), "reward/std": pstdev(rewards)}
+    if scored := [group.rewards for group in first.values() if group.rewards]:
         metrics |= {
-            "reward/mean": fmean(rewards),
-            "reward/std": pstdev(rewards),
             "groups/all_correct": fmean(min(r) >= SUCCESS for r in scored),
             "groups/all_wrong": fmean(max(r) < SUCCESS for r in scored),
             "groups/uniform": fmean(max(r) == min(r) for r in scored),

@@ -90,7 +90,8 @@ class Sampling:
 class RolloutRequest:
     """n rollouts of one prompt, each starting with the forced tokens of `prefix` (usually none).
 
-    `first_index` numbers the rollouts when one prompt has several requests (plain and prefixed ones).
+    `first_index` numbers the rollouts when one prompt has several requests in a round (plain and prefixed ones); the
+    loop adds the number of its rollouts in earlier rounds.
     """
 
     prompt: Prompt
@@ -149,7 +150,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class RolloutGroup:
-    """All rollouts of one prompt in one step, scored, ordered by index."""
+    """All rollouts of one prompt in one round of a step, scored, ordered by index."""
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]

@@ -18,13 +18,13 @@ from plait.launch.console import PlainConsole
 PROMPT = Prompt("p", (), (1, 2))
 
 
-def group(*rewards):
+def group(*rewards, prompt=PROMPT):
     rollouts = [
         Rollout("p", i, (3,) * (i + 1), 0, (-1.0,) * (i + 1), 0, "length" if i else "stop", "")
         for i in range(len(rewards))
     ]
     scores = [Score.unknown("slow") if r is None else Score.ok(r, {"form": r / 2}) for r in rewards]
-    return RolloutGroup(PROMPT, tuple(rollouts), tuple(scores))
+    return RolloutGroup(prompt, tuple(rollouts), tuple(scores))
 
 
 def test_accuracy_is_over_known_scores():
@@ -45,7 +45,8 @@ def test_wilson_interval_is_the_textbook_one():
 
 
 def test_rollout_metrics():
-    metrics = rollout_metrics([group(1.0, 1.0), group(0.0, None)])
+    other = Prompt("q", (), (1, 2))
+    metrics = rollout_metrics([group(1.0, 1.0), group(0.0, None, prompt=other)])
     assert metrics["reward/mean"] == pytest.approx(2 / 3)
     assert metrics["reward/unknown"] == 1
     assert metrics["groups/all_correct"] == 0.5
@@ -54,6 +55,12 @@ def test_rollout_metrics():
     assert metrics["tokens/generated"] == 6
     assert metrics["reward/part/form"] == pytest.approx(1 / 3)
     assert "reward/mean" not in rollout_metrics([group(None)]), "absent, not 0"
+
+
+def test_a_later_round_counts_as_rollouts_but_not_as_the_prompts_own_attempt():
+    metrics = rollout_metrics([group(0.0, 0.0), group(1.0, 1.0)])
+    assert (metrics["rollouts/count"], metrics["reward/mean"]) == (4, 0.5)
+    assert (metrics["groups/all_wrong"], metrics["groups/all_correct"]) == (1.0, 0.0)
 
 
 def test_report_metrics_add_tokens_and_average_the_rest():
