@@ -238,9 +238,8 @@ class AlgorithmBase(ABC):
     """
 
     Config: ClassVar[type[AlgorithmConfig]]
-    expert_rows_per_step = 0
     token_sampling: TokenSampling | None = None
-    every_prompt_demonstrated: ClassVar[bool] = False
+    every_prompt_demonstrated: bool = False
     """True where each prompt's own demonstration trains, so data without one is refused."""
 
     def __init__(self, config: Any, setup: Setup) -> None:
@@ -254,6 +253,14 @@ class AlgorithmBase(ABC):
     @property
     @abstractmethod
     def needs(self) -> Mapping[str, frozenset[Need]]: ...
+
+    def use_prompts(self, find_prompt: Callable[[str], Prompt]) -> None:
+        """The data is loaded: state that names prompts can be read from now on."""
+        self.setup = replace(self.setup, find_prompt=find_prompt)
+
+    def expert_rows(self, step: int) -> int:
+        """Rows that this step draws from the expert stream; most methods take none."""
+        return 0
 
     def request(self, prompt: Prompt) -> RolloutRequest:
         """A whole group of plain rollouts."""

@@ -24,7 +24,7 @@ from pydantic import Field
 
 from ..engine.contracts import LossFn, Need
 from ..engine.types import LossOutput, PolicyOutput, Prompt, StepPlan, TrainBatch
-from .base import AlgorithmBase, ExpertFields, PolicyFields, Setup, surrogate_needs
+from .base import AlgorithmBase, ExpertFields, PolicyFields, surrogate_needs
 from .grpo import regularize
 from .losses import expert_component, policy_component
 from .schedules import warmup_cosine
@@ -59,10 +59,6 @@ def chord_loss(
 class Chord(AlgorithmBase):
     Config = ChordConfig
 
-    def __init__(self, config: ChordConfig, setup: Setup) -> None:
-        super().__init__(config, setup)
-        self.expert_rows_per_step = config.expert_rows_per_step
-
     @property
     def losses(self) -> Mapping[str, LossFn]:
         return {"main": partial(chord_loss, config=self.config)}
@@ -76,6 +72,9 @@ class Chord(AlgorithmBase):
         c = self.config
         mu = warmup_cosine(step, c.mu_peak, c.mu_valley, c.mu_warmup_steps, c.mu_decay_steps)
         return {"mu": mu, **c.expert_loss.coefs(step)}
+
+    def expert_rows(self, step: int) -> int:
+        return self.config.expert_rows_per_step
 
     def plan(self, prompts: Sequence[Prompt], experts: Sequence[Prompt], step: int) -> StepPlan:
         """Where mu is 0 the expert rows would have no effect, so they are left out."""

@@ -79,8 +79,6 @@ LossFn = Callable[["PolicyOutput", "TrainBatch", Mapping[str, float]], "LossOutp
 class Algorithm(Protocol):
     """One method. The learner never knows its name; see docs/algorithms/ for a walk-through."""
 
-    expert_rows_per_step: int
-    """Rows drawn from the expert stream each step, independent of the rollout prompts; 0 for most methods."""
     token_sampling: TokenSampling | None
     """How tokens are drawn for losses that need `token_samples`; None for all others."""
 
@@ -91,6 +89,10 @@ class Algorithm(Protocol):
 
     @property
     def losses(self) -> Mapping[str, LossFn]: ...
+
+    def expert_rows(self, step: int) -> int:
+        """Driver: rows that this step draws from the expert stream, independent of the rollout prompts."""
+        ...
 
     def plan(self, prompts: Sequence[Prompt], experts: Sequence[Prompt], step: int) -> StepPlan:
         """Driver: decide who is rolled out (how often, with which prefix) and whose demonstration trains."""

@@ -61,7 +61,7 @@ def train(config: LoopConfig, evaluation: EvalConfig, sampling: Sampling, parts:
 
         # 1. What to do: prompts, prefixes, demonstrations.
         prompts = data.take(config.prompts_per_step)
-        experts = data.take_experts(algorithm.expert_rows_per_step)
+        experts = data.take_experts(algorithm.expert_rows(step))
         plan = algorithm.plan(prompts, experts, step)
 
         # 2. Experience in one or several rounds, scored while it streams in. A supervised step has none.

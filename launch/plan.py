@@ -62,7 +62,7 @@ def make_plan(recipe: Recipe, model_path: str) -> Plan:
     algorithm = recipe.build_algorithm()
     loop, learner, rollouts = recipe.loop, recipe.learner, recipe.rollouts
     group = getattr(recipe.algorithm, "rollouts_per_prompt", 0)
-    stream = algorithm.expert_rows_per_step
+    stream = algorithm.expert_rows(0)
     expert_rows = stream if group else loop.prompts_per_step
     rows = loop.prompts_per_step * group + expert_rows
     longest = rollouts.max_prompt_length + rollouts.max_response_length

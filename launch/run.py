@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +164,7 @@ def composed(inputs: Inputs, folder: Path) -> Iterator[Any]:
         from .console import make_console
 
         data = load_prompts(inputs, model_path)
-        algorithm.setup = replace(algorithm.setup, find_prompt=data.find)
+        algorithm.use_prompts(data.find)
         pool.wait_started(stop_token_ids=[data.end_token_id])
         ranks.wait_started()
         if scorer is not None:
@@ -259,13 +259,18 @@ def load_prompts(inputs: Inputs, model_path: str) -> Any:
     )
     for path, wanted, there in (
         ("loop.prompts_per_step", recipe.loop.prompts_per_step, data.num_prompts),
-        ("algorithm.expert_rows_per_step", inputs.algorithm.expert_rows_per_step, data.num_experts),
+        ("algorithm.expert_rows_per_step", most_expert_rows(inputs), data.num_experts),
     ):
         if wanted > there:
             raise ConfigError.at(
                 path, wanted, f"only {there} such prompts are left:\n{data.report}"
             )
     return data
+
+
+def most_expert_rows(inputs: Inputs) -> int:
+    """Rows of the expert stream in the step that draws most."""
+    return max(inputs.algorithm.expert_rows(step) for step in range(inputs.recipe.loop.steps))
 
 
 def probe_sequences(data: Any, rollouts: RolloutConfig) -> list[list[int]]:

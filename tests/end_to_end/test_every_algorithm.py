@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from math import isfinite
 
 import pytest
@@ -59,7 +58,7 @@ def demonstrations(work_folder):
 
 def build(recipe, data):
     algorithm = recipe.build_algorithm()
-    algorithm.setup = replace(algorithm.setup, find_prompt=data.find)
+    algorithm.use_prompts(data.find)
     return algorithm
 
 
