@@ -3,7 +3,8 @@
 The class is plain: it is a Ray actor in a run, and works in process for tests and profiling.
 
 **Numerical contract.** Losses divide by denominators counted over all ranks and micro-batches. DeepSpeed averages
-gradients over ranks, so the loss is multiplied by the number of ranks, and DeepSpeed's own accumulation scaling is off.
+gradients over ranks, so ModelEngine multiplies the loss by the number of ranks; DeepSpeed's own accumulation scaling is
+off.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from torch import Tensor
 from .batch import blank, from_sequences
 from .config import LearnerConfig
 from .contracts import LossFn, Need
-from .errors import CheckpointError, LearnerError
-from .optimizer_states import OptimizerStates
+from .errors import LearnerError
+from .model_engine import ModelEngine
 from .types import (
     PolicyOutput,
     Source,
@@ -38,7 +39,7 @@ from .types import (
 if TYPE_CHECKING:
     from .weight_sync import WeightSender
 
-CHECKPOINT_TAG = "learner"
+POLICY = "policy"
 REFERENCE_FILE = "reference.pt"
 
 
@@ -78,29 +79,6 @@ def learning_rate(config: LearnerConfig, step: int, total_steps: int) -> float:
     return config.learning_rate * factor
 
 
-def deepspeed_config(config: LearnerConfig) -> dict[str, Any]:
-    """DeepSpeed's own configuration; batching, accumulation and schedules stay with plait."""
-    zero: dict[str, Any] = {"stage": config.zero_stage, "overlap_comm": config.device == "cuda"}
-    if config.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu"}
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "bf16": {"enabled": config.dtype == "bfloat16"},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        # Without ZeRO and in float32 DeepSpeed clips but does not tell the norm: see _clip_gradients.
-        "gradient_clipping": 0.0 if clips_itself(config) else config.max_grad_norm,
-        "steps_per_print": 10**9,
-    }
-
-
-def clips_itself(config: LearnerConfig) -> bool:
-    return config.zero_stage == 0 and config.dtype == "float32"
-
-
 class LearnerWorker:
     """Holds the policy, its optimizer and, where a loss needs it, the frozen reference."""
 
@@ -113,8 +91,6 @@ class LearnerWorker:
         rank: Rank,
         token_sampling: TokenSampling | None = None,
     ) -> None:
-        import deepspeed
-
         from .model import PolicyModel, load_model
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -142,14 +118,8 @@ class LearnerWorker:
             frozen = load_model(model_path, config.model_copy(update={"lora": None}))
             frozen.requires_grad_(False).eval().to(self.device)
             self.reference = PolicyModel(frozen, packing=config.packing, logit_chunk_tokens=chunk)
-        self.engine: Any = deepspeed.initialize(
-            model=policy,
-            optimizer=make_optimizer(policy, config),
-            config=deepspeed_config(config),
-            dist_init_required=False,
-        )[0]
+        self.engine = ModelEngine(policy, config, POLICY)
         policy.check_head()
-        self.moments = OptimizerStates(self.engine)
         self.sender: WeightSender | None = None
 
     def _join_ranks(self) -> None:
@@ -222,8 +192,7 @@ class LearnerWorker:
         Raises LearnerError naming the metric when the loss or a gradient is not finite; nothing is applied then.
         """
         metrics = self._accumulate(micro_batches, loss_name, coefs)
-        with self.moments.use(optimizer):
-            grad_norm = self._apply(learning_rate)
+        grad_norm = self.engine.apply(learning_rate, optimizer)
         return UpdateReport(loss_name, grad_norm, metrics, learning_rate)
 
     def gradients(
@@ -233,15 +202,9 @@ class LearnerWorker:
 
         For checks only: Adam's moments take a step of learning rate 0.
         """
-        from deepspeed.utils import safe_get_full_grad
-
         metrics = self._accumulate(micro_batches, loss_name, coefs)
-        found = {
-            name: safe_get_full_grad(parameter).clone()
-            for name, parameter in self.engine.module.named_parameters()
-            if parameter.requires_grad
-        }
-        return UpdateReport(loss_name, self._apply(0.0), metrics, 0.0), found
+        found = self.engine.gradients()
+        return UpdateReport(loss_name, self.engine.apply(0.0), metrics, 0.0), found
 
     def _accumulate(
         self, micro_batches: Sequence[TrainBatch], loss_name: str, coefs: Mapping[str, float]
@@ -250,7 +213,6 @@ class LearnerWorker:
         loss_fn, needs = self.losses[loss_name], self.needs[loss_name]
         totals: dict[str, Tensor] = {}
         for i, micro_batch in enumerate(micro_batches):
-            self.engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
             batch = self._to_device(micro_batch)
             logprobs, entropy, sums = self.engine(
                 batch, "entropy" in needs, "token_samples" in needs
@@ -260,7 +222,7 @@ class LearnerWorker:
                 # One optimizer step consumes the whole batch: the old policy is the current one.
                 batch = replace(batch, old_logprobs=logprobs.detach())
             result = loss_fn(PolicyOutput(logprobs, entropy, samples=samples), batch, coefs)
-            self.engine.backward(result.loss * self.rank.world_size, scale_wrt_gas=False)
+            self.engine.backward(result.loss, last=i == len(micro_batches) - 1)
             measured = {"loss": result.loss, **result.metrics, **self._diagnostics(batch)}
             for name, value in measured.items():
                 totals[name] = totals.get(name, 0) + value.detach().double()
@@ -293,22 +255,6 @@ class LearnerWorker:
             gap = (batch.old_logprobs - batch.rollout_logprobs)[known].abs().double()
             sums["gap_sum"], sums["gap_tokens"] = gap.sum(), known.sum().double()
         return sums
-
-    def _apply(self, learning_rate: float) -> float:
-        """Optimizer step; returns the gradient norm before clipping."""
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = learning_rate
-        norm = None
-        if clips_itself(self.config):
-            norm = torch.nn.utils.clip_grad_norm_(
-                self.engine.module.parameters(), self.config.max_grad_norm
-            )
-        self.engine.step()
-        if norm is None:
-            norm = self.engine.get_global_grad_norm()
-        if norm is None:
-            raise LearnerError("DeepSpeed reported no gradient norm; its version is not supported")
-        return float(norm)
 
     def _sum_over_ranks(self, totals: Mapping[str, Tensor]) -> dict[str, float]:
         names = sorted(totals)
@@ -357,16 +303,12 @@ class LearnerWorker:
         self.reference_moved = True
 
     def save(self, folder: str) -> None:
-        self.engine.save_checkpoint(folder, tag=CHECKPOINT_TAG, save_latest=False)
-        self.moments.save(Path(folder), self.rank.index)
+        self.engine.save(folder, self.rank.index)
         if self.reference is not None and self.reference_moved and self.rank.index == 0:
             torch.save(self.reference.model.state_dict(), Path(folder) / REFERENCE_FILE)
 
     def load(self, folder: str) -> None:
-        path, _ = self.engine.load_checkpoint(folder, tag=CHECKPOINT_TAG)
-        if path is None:
-            raise CheckpointError(f"{folder}: DeepSpeed found no complete learner state there")
-        self.moments.load(Path(folder), self.rank.index)
+        self.engine.load(folder, self.rank.index)
         moved = Path(folder) / REFERENCE_FILE
         if self.reference is not None and moved.exists():
             weights = torch.load(moved, map_location=self.device, weights_only=True)
@@ -392,26 +334,6 @@ class LearnerWorker:
     def close(self) -> None:
         if self.sender is not None:
             self.sender.close()
-
-
-def make_optimizer(policy: torch.nn.Module, config: LearnerConfig) -> torch.optim.Optimizer:
-    """AdamW; weight decay on matrices only."""
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    options: dict[str, Any] = {
-        "lr": config.learning_rate,
-        "betas": config.betas,
-        "eps": config.adam_epsilon,
-    }
-    if config.offload_optimizer:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
-    return torch.optim.AdamW(groups, fused=True, **options)
 
 
 def derived_metrics(metrics: Mapping[str, float]) -> dict[str, float]:

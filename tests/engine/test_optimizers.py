@@ -61,16 +61,16 @@ def test_two_moment_sets_are_independent_and_survive_a_checkpoint(tiny_model, tm
     worker = make_worker(tiny_model, chord(), zero_stage=zero_stage)
     main_batch, expert_batch = make_batch(), make_batch("eee", seed=1)
     worker.step([main_batch], "main", COEFS, RATE)
-    inner = worker.moments._inner
+    inner = worker.engine.moments._inner
     main = moments(inner.state)
     assert main
     worker.step([expert_batch], "main", COEFS, RATE, "expert")
-    expert = moments(worker.moments._others["expert"])
+    expert = moments(worker.engine.moments._others["expert"])
     for before, after in zip(main, moments(inner.state), strict=True):
         assert torch.equal(before, after)
     assert any(not torch.equal(a, b) for a, b in zip(main, expert, strict=True))
     worker.step([main_batch], "main", COEFS, RATE)
-    for before, after in zip(expert, moments(worker.moments._others["expert"]), strict=True):
+    for before, after in zip(expert, moments(worker.engine.moments._others["expert"]), strict=True):
         assert torch.equal(before, after)
 
     worker.save(str(tmp_path))
@@ -89,7 +89,7 @@ def test_two_moment_sets_are_independent_and_survive_a_checkpoint(tiny_model, tm
     assert_equal(reached, reached_again)
     # The moments matter: without them the same two steps lead elsewhere.
     worker.load(str(tmp_path))
-    worker.moments._others.clear()
+    worker.engine.moments._others.clear()
     _, elsewhere = go_on()
     assert any(not torch.equal(reached[name], elsewhere[name]) for name in reached)
 

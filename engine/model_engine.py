@@ -1,0 +1,133 @@
+"""One DeepSpeed engine with what belongs to it: optimizer, clipping, sets of moments, checkpoint.
+
+The policy has one, and so has the critic of an algorithm that trains one: both take the same configuration.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import LearnerConfig
+from .errors import CheckpointError, LearnerError
+from .optimizer_states import MAIN, OptimizerStates
+
+
+def deepspeed_config(config: LearnerConfig) -> dict[str, Any]:
+    """DeepSpeed's own configuration; batching, accumulation and schedules stay with plait."""
+    zero: dict[str, Any] = {"stage": config.zero_stage, "overlap_comm": config.device == "cuda"}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "bf16": {"enabled": config.dtype == "bfloat16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        # Without ZeRO and in float32 DeepSpeed clips but does not tell the norm: see ModelEngine.apply.
+        "gradient_clipping": 0.0 if clips_itself(config) else config.max_grad_norm,
+        "steps_per_print": 10**9,
+    }
+
+
+def clips_itself(config: LearnerConfig) -> bool:
+    return config.zero_stage == 0 and config.dtype == "float32"
+
+
+class ModelEngine:
+    """A trained module on this rank; calling it is the module's forward pass."""
+
+    def __init__(self, module: torch.nn.Module, config: LearnerConfig, name: str) -> None:
+        """`name` is its folder inside a checkpoint."""
+        import deepspeed
+
+        self.config, self.name = config, name
+        self.deepspeed: Any = deepspeed.initialize(
+            model=module,
+            optimizer=make_optimizer(module, config),
+            config=deepspeed_config(config),
+            dist_init_required=False,
+        )[0]
+        self.moments = OptimizerStates(self.deepspeed)
+
+    @property
+    def module(self) -> Any:
+        return self.deepspeed.module
+
+    def __call__(self, *args: Any) -> Any:
+        return self.deepspeed(*args)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of one micro-batch, summed over ranks; `last`: none follows before the optimizer step."""
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+        # DeepSpeed averages over ranks, but denominators already count all of them.
+        scaled = loss * torch.distributed.get_world_size()
+        self.deepspeed.backward(scaled, scale_wrt_gas=False)
+
+    def apply(self, learning_rate: float, optimizer: str = MAIN) -> float:
+        """Optimizer step with the AdamW moments of that name; returns the gradient norm before clipping."""
+        engine = self.deepspeed
+        for group in engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm = None
+        if clips_itself(self.config):
+            norm = torch.nn.utils.clip_grad_norm_(
+                self.module.parameters(), self.config.max_grad_norm
+            )
+        with self.moments.use(optimizer):
+            engine.step()
+        if norm is None:
+            norm = engine.get_global_grad_norm()
+        if norm is None:
+            raise LearnerError("DeepSpeed reported no gradient norm; its version is not supported")
+        return float(norm)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """What was accumulated, by parameter, full size on every rank."""
+        from deepspeed.utils import safe_get_full_grad
+
+        return {
+            name: safe_get_full_grad(parameter).clone()
+            for name, parameter in self.module.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def save(self, folder: str, rank: int) -> None:
+        self.deepspeed.save_checkpoint(folder, tag=self.name, save_latest=False)
+        self.moments.save(Path(folder) / self.name, rank)
+
+    def load(self, folder: str, rank: int) -> None:
+        """Raises CheckpointError where `folder` holds no complete state of this model."""
+        path = None
+        if (Path(folder) / self.name).is_dir():
+            path, _ = self.deepspeed.load_checkpoint(folder, tag=self.name)
+        if path is None:
+            raise CheckpointError(
+                f"{folder}: DeepSpeed found no complete state of the {self.name} there"
+            )
+        self.moments.load(Path(folder) / self.name, rank)
+
+
+def make_optimizer(module: torch.nn.Module, config: LearnerConfig) -> torch.optim.Optimizer:
+    """AdamW; weight decay on matrices only."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    options: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": config.betas,
+        "eps": config.adam_epsilon,
+    }
+    if config.offload_optimizer:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+    return torch.optim.AdamW(groups, fused=True, **options)
