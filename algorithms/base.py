@@ -103,6 +103,10 @@ class ExpertFields(AlgorithmConfig):
     expert_normalizer: Normalizer = "tokens"
 
 
+SCORED_DEMONSTRATIONS = frozenset[Need]({"demonstrations", "demonstration_scores"})
+"""Needs of a loss whose groups hold demonstrations beside rollouts."""
+
+
 @dataclass(frozen=True)
 class Setup:
     """What the rest of the recipe tells an algorithm."""
@@ -183,21 +187,29 @@ def expert_rows(prompts: Sequence[Prompt], max_response_length: int) -> list[Sam
 
 
 def demonstrated(prompt: Prompt) -> tuple[Demonstration, ...]:
-    """Demonstrations that may enter a group: all but those whose score is UNKNOWN."""
-    return tuple(d for d in prompt.demonstrations if d.score is None or d.score.reward is not None)
+    """Demonstrations that may enter a group: those whose score is known.
+
+    Raises DataError when one was never graded: the loss must declare `demonstration_scores`.
+    """
+    if any(d.score is None for d in prompt.demonstrations):
+        raise DataError(
+            f"prompt {prompt.prompt_id!r}: a demonstration was not graded, and this algorithm compares it with "
+            "rollouts; declare demonstration_scores in the loss's needs"
+        )
+    return tuple(d for d in prompt.demonstrations if d.score and d.score.reward is not None)
 
 
 def scored_expert_rows(
     groups: Sequence[RolloutGroup], num: int, max_response_length: int
 ) -> list[Sample]:
-    """Up to `num` demonstrations of each group with a scored rollout, as rows with a reward.
+    """Up to `num` demonstrations of each group with a scored rollout, as rows with the verifier's reward.
 
-    A demonstration that was not graded has reward 1.0. Where no rollout is scored there is nothing to compare with.
+    Where no rollout is scored there is nothing to compare with.
     """
     return [
         replace(
             expert_row(group.prompt, demonstration, max_response_length),
-            reward=1.0 if demonstration.score is None else demonstration.score.reward,
+            reward=demonstration.score.reward if demonstration.score else None,
         )
         for group in groups
         if group.rewards

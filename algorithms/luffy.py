@@ -5,8 +5,8 @@ Objective: one `policy` component over POLICY tokens (surrogate) and EXPERT toke
 d log p is gamma p / (p + gamma)^2: at most 1/4, at p = gamma; rare expert tokens keep a signal.
 
 `expert_rows_per_group` of the `rollouts_per_prompt` rows are demonstrations; the group's statistics are over the union.
-A demonstration without a score counts as right: reward 1.0; one whose score is UNKNOWN is left out, like a rollout.
-Prompts without demonstration get rollouts only; where no rollout is scored, the demonstration stays out too.
+A demonstration has the reward that the verifier gives its text; one whose score is UNKNOWN is left out, like a
+rollout. Prompts without demonstration get rollouts only; where no rollout is scored, the demonstration stays out too.
 
 Departs from the public code: one denominator for all rows of the minibatch (there, rows / 8192 per micro-batch, which
 ties the balance with entropy to the split); demonstrations are rows of their own, not continued by the sampler. From
@@ -36,6 +36,7 @@ from ..engine.types import (
 )
 from .advantages import Estimator
 from .base import (
+    SCORED_DEMONSTRATIONS,
     AlgorithmBase,
     GroupFields,
     PolicyFields,
@@ -138,7 +139,7 @@ class Luffy(MixedGroups):
 
     @property
     def needs(self) -> Mapping[str, frozenset[Need]]:
-        return {"main": surrogate_needs(self.config) | {"demonstrations"}}
+        return {"main": surrogate_needs(self.config) | SCORED_DEMONSTRATIONS}
 
     def credit(self, samples: Sequence[Sample]) -> list[Sample]:
         """EXPERT tokens train with an advantage too."""

@@ -10,8 +10,8 @@ Objective: demo_sft + demo_rl + rollout - entropy_coef x entropy + kl_coef x KL,
 h is the current entropy of the token, or the mean over the row's trained tokens. No gate: an all-wrong group still
 pushes its rollouts down, an all-right group up.
 
-Groups are those of LUFFY: `expert_rows_per_group` of the `rollouts_per_prompt` rows are demonstrations; one without a
-score counts as right, reward 1.0; one whose score is UNKNOWN, or whose group has no scored rollout, is left out.
+Groups are those of LUFFY: `expert_rows_per_group` of the `rollouts_per_prompt` rows are demonstrations with
+the verifier's reward; one whose score is UNKNOWN, or whose group has no scored rollout, is left out.
 
 Presets are rows of values: paper (the defaults); hpt_repo (demo_shaping_gamma 0.1, advantage group_mean, normalizer
 constant). The official code is described with demo_entropy_sign +1, against its own text.
@@ -31,7 +31,7 @@ from pydantic import Field
 
 from ..engine.contracts import LossFn, Need
 from ..engine.types import LossOutput, PolicyOutput, Sample, Source, TrainBatch
-from .base import credit_groups, regularizer_needs
+from .base import SCORED_DEMONSTRATIONS, credit_groups, regularizer_needs
 from .grpo import regularize
 from .losses import Members, policy_ratio, sampler_correction, sum_rows
 from .luffy import MixedGroupFields, MixedGroups, shape
@@ -131,7 +131,7 @@ class Srft(MixedGroups):
     @property
     def needs(self) -> Mapping[str, frozenset[Need]]:
         c = self.config
-        needs: set[Need] = {"entropy", "demonstrations"}
+        needs: set[Need] = {"entropy", *SCORED_DEMONSTRATIONS}
         if c.rollout_form == "ratio" or c.sampler_ratio_cap is not None:
             needs.add("old_logprobs")
         return {"main": regularizer_needs(c) | needs}

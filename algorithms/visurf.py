@@ -7,8 +7,8 @@ KL. Old log-probs of the demonstration are those of the policy before the update
 good as the demonstration, the latter's reward becomes the mean rollout reward and its advantage exactly 0. Then the
 advantage is taken over the union.
 
-A demonstration without a score counts as right: reward 1.0; one whose score is UNKNOWN, or whose group has no scored
-rollout, is left out. Prompts without demonstration get rollouts only.
+A demonstration has the reward that the verifier gives its text; one whose score is UNKNOWN, or whose group has no
+scored rollout, is left out. Prompts without demonstration get rollouts only.
 
 Departs from the paper: it leaves the convention of the std and the demonstration's old log-prob open, so both are ours;
 there is no format reward for the demonstration, aligning its text is the data set's business.
@@ -37,6 +37,7 @@ from ..engine.types import (
     Update,
 )
 from .base import (
+    SCORED_DEMONSTRATIONS,
     AlgorithmBase,
     PolicyFields,
     Setup,
@@ -96,7 +97,7 @@ class Visurf(AlgorithmBase):
 
     @property
     def needs(self) -> Mapping[str, frozenset[Need]]:
-        return {"main": surrogate_needs(self.config) | {"demonstrations"}}
+        return {"main": surrogate_needs(self.config) | SCORED_DEMONSTRATIONS}
 
     def plan(self, prompts: Sequence[Prompt], experts: Sequence[Prompt], step: int) -> StepPlan:
         return super().plan(prompts, [prompt for prompt in prompts if demonstrated(prompt)], step)

@@ -31,6 +31,7 @@ Need = Literal[
     "old_entropy",
     "token_samples",
     "demonstrations",
+    "demonstration_scores",
     "minibatch_stats",
     "ref_kl",
     "topk_entropy",
@@ -46,6 +47,7 @@ Need = Literal[
 
 `minibatch_stats`: the algorithm's `prepare` gets current log-probs of the whole minibatch. From `ref_kl` on, nothing
 in the engine provides the need yet: see UNAVAILABLE.
+`demonstration_scores`: the run's verifier grades the demonstrations of a step's prompts before `plan` sees them.
 `token_samples` are drawn in the forward pass as the algorithm's `token_sampling` says and come as `out.samples`;
 `entropy` is differentiable and current; `old_entropy` and `old_logprobs` are recorded before the first update.
 """
@@ -209,6 +211,10 @@ class Scorer(Protocol):
         self, requests: Sequence[RolloutRequest], rollouts: Iterable[Rollout]
     ) -> Sequence[RolloutGroup]:
         """Score rollouts while they stream in; one group a distinct prompt, in request order."""
+        ...
+
+    def grade(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+        """The same prompts, every demonstration with a score: its own, or the verdict on its text."""
         ...
 
     def close(self) -> None: ...

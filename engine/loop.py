@@ -60,7 +60,7 @@ def train(config: LoopConfig, evaluation: EvalConfig, sampling: Sampling, parts:
         step = state.step  # completed steps: what schedules and seeds depend on
 
         # 1. What to do: prompts, prefixes, demonstrations.
-        prompts = data.take(config.prompts_per_step)
+        prompts = take_prompts(parts, config.prompts_per_step)
         experts = data.take_experts(algorithm.expert_rows(step))
         plan = algorithm.plan(prompts, experts, step)
 
@@ -92,6 +92,15 @@ def train(config: LoopConfig, evaluation: EvalConfig, sampling: Sampling, parts:
     return state
 
 
+def take_prompts(parts: Parts, n: int) -> Sequence[Prompt]:
+    """The next n prompts, their demonstrations graded where a loss compares them with rollouts."""
+    prompts = parts.data.take(n)
+    if not any("demonstration_scores" in needs for needs in parts.algorithm.needs.values()):
+        return prompts
+    with parts.log.phase("grade"):
+        return parts.scorer.grade(prompts)
+
+
 def rollout_rounds(
     parts: Parts, plan: StepPlan, prompts: Sequence[Prompt], step: int
 ) -> list[Sequence[RolloutGroup]]:
@@ -103,7 +112,7 @@ def rollout_rounds(
     numbered: Counter[str] = Counter()
 
     def draw(n: int) -> list[Prompt]:
-        fresh = [prompt for prompt in parts.data.take(n) if prompt.prompt_id not in seen]
+        fresh = [prompt for prompt in take_prompts(parts, n) if prompt.prompt_id not in seen]
         seen.update(prompt.prompt_id for prompt in fresh)
         return fresh
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .types import Rollout, RolloutGroup, RolloutRequest, Source, Update, UpdateReport
+from .types import Prompt, Rollout, RolloutGroup, RolloutRequest, Source, Update, UpdateReport
 
 if TYPE_CHECKING:
     from .checkpoint import RunState
@@ -118,7 +118,21 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         for score in group.scores:
             for name, value in score.parts.items():
                 parts.setdefault(name, []).append(value)
-    return metrics | {f"reward/part/{name}": fmean(values) for name, values in parts.items()}
+    metrics |= {f"reward/part/{name}": fmean(values) for name, values in parts.items()}
+    return metrics | demonstration_metrics([group.prompt for group in first.values()])
+
+
+def demonstration_metrics(prompts: Sequence[Prompt]) -> dict[str, float]:
+    """Counts of the demonstrations that the run's verifier graded; empty where none was."""
+    scores = [d.score for prompt in prompts for d in prompt.demonstrations if d.score is not None]
+    known = [score.reward for score in scores if score.reward is not None]
+    if not scores:
+        return {}
+    return {
+        "demonstrations/graded": len(known),
+        "demonstrations/wrong": sum(reward < SUCCESS for reward in known),
+        "demonstrations/unknown": len(scores) - len(known),
+    }
 
 
 def report_metrics(reports: Sequence[UpdateReport]) -> dict[str, float]:

@@ -45,14 +45,7 @@ class ExpectedGroups:
     def pickled(self, prompt: Prompt) -> bytes:
         """The prompt as it travels to a scoring process; made once for all its rollouts."""
         if prompt.prompt_id not in self._pickled:
-            try:
-                data = pickle.dumps(prompt, pickle.HIGHEST_PROTOCOL)
-            except (AttributeError, TypeError, pickle.PicklingError) as error:
-                raise RewardError(
-                    f"prompt {prompt.prompt_id!r} cannot be sent to a scoring process: {error}; "
-                    "keep plain data in its metadata"
-                ) from error
-            self._pickled[prompt.prompt_id] = data
+            self._pickled[prompt.prompt_id] = pickled(prompt)
         return self._pickled[prompt.prompt_id]
 
     def check_complete(self) -> None:
@@ -76,3 +69,14 @@ class ExpectedGroups:
             rollouts = tuple(self._arrived[key] for key in keys)
             groups.append(RolloutGroup(prompt, rollouts, tuple(scores[key] for key in keys)))
         return groups
+
+
+def pickled(prompt: Prompt) -> bytes:
+    """The prompt as it travels. Raises RewardError where its metadata holds what cannot."""
+    try:
+        return pickle.dumps(prompt, pickle.HIGHEST_PROTOCOL)
+    except (AttributeError, TypeError, pickle.PicklingError) as error:
+        raise RewardError(
+            f"prompt {prompt.prompt_id!r} cannot be sent to a scoring process: {error}; "
+            "keep plain data in its metadata"
+        ) from error

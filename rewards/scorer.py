@@ -4,14 +4,16 @@ import json
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from ..engine.errors import PlaitError, RewardError
-from ..engine.types import Rollout, RolloutGroup, RolloutRequest, Score
+from ..engine.types import Prompt, Rollout, RolloutGroup, RolloutRequest, Score
 from .config import RewardConfig
-from .groups import ExpectedGroups, Key
+from .groups import ExpectedGroups, Key, pickled
 from .pool import Job, ProcessPool
 
 _CHECK_SECONDS = 0.2
@@ -22,7 +24,7 @@ class ProcessScorer:
 
     A user's `module:function` is looked up in `working_dir` (None: the current folder) and on the driver's own
     `sys.path`. Inputs whose score is UNKNOWN are appended to `unknown_path`, if given, one JSON object a line with
-    prompt_id, index, completion, reward and reason. Safe to call from several threads.
+    prompt_id, index (or demonstration: its place), completion, reward and reason. Safe to call from several threads.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class ProcessScorer:
         if not os.path.isdir(folder):
             raise RewardError(f"working_dir {folder!r} is not a folder")
         self._pool = ProcessPool(config, folder)
+        self._verdicts: dict[Key, Score] = {}  # of demonstrations, by prompt id and place
 
     def __enter__(self) -> "ProcessScorer":
         return self
@@ -64,28 +67,68 @@ class ProcessScorer:
             for rollout in rollouts:
                 call.check()
                 prompt = groups.admit(rollout)
-                own = f"prompts[{prompt.prompt_id!r}].reward"
-                call.submit(
-                    (rollout.prompt_id, rollout.index),
-                    reward=prompt.reward or self._config.function,
-                    path=own if prompt.reward else "reward.function",
-                    prompt=groups.pickled(prompt),
-                    completion=rollout.text,
-                )
+                key = (rollout.prompt_id, rollout.index)
+                self._submit(call, key, prompt, groups.pickled(prompt), rollout.text)
             groups.check_complete()
             call.wait()
         finally:
             unknown = call.abandon()
-            self._write(unknown, call, groups)
+            texts = {key: groups.rollout(key).text for key in unknown}
+            self._write(unknown, call, texts, "index")
         self._check_budget(unknown, len(call.scores))
         return groups.grouped(call.scores)
+
+    def grade(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The same prompts, every demonstration with a score: its own, or the verdict on its whole text.
+
+        Known verdicts are kept by prompt id, UNKNOWN ones are asked for again the next time. Raises as `score` does,
+        but demonstrations have no budget of UNKNOWN.
+        """
+        call = _Call(self._pool)
+        texts: dict[Key, str] = {}
+        try:
+            for prompt in prompts:
+                data: bytes | None = None
+                for i, demonstration in enumerate(prompt.demonstrations):
+                    key = (prompt.prompt_id, i)
+                    if demonstration.score is not None or key in self._verdicts or key in texts:
+                        continue
+                    texts[key] = demonstration.text
+                    data = data or pickled(prompt)
+                    self._submit(call, key, prompt, data, demonstration.text)
+            call.wait()
+        finally:
+            unknown = call.abandon()
+            self._write(unknown, call, texts, "demonstration")
+        self._verdicts |= {key: s for key, s in call.scores.items() if s.reward is not None}
+        found = {**self._verdicts, **call.scores}
+        return [_with_verdicts(prompt, found) for prompt in prompts]
 
     def close(self) -> None:
         """Kill all processes and wait for them; a call of `score` still under way raises RewardError."""
         self._pool.close()
 
-    def _write(self, unknown: dict[Key, Score], call: "_Call", groups: ExpectedGroups) -> None:
-        """Keep the inputs of UNKNOWN scores for replay."""
+    def _submit(
+        self, call: "_Call", key: Key, prompt: Prompt, data: bytes, completion: str
+    ) -> None:
+        """`data`: the prompt, pickled."""
+        own = f"prompts[{prompt.prompt_id!r}].reward"
+        call.submit(
+            key,
+            reward=prompt.reward or self._config.function,
+            path=own if prompt.reward else "reward.function",
+            prompt=data,
+            completion=completion,
+        )
+
+    def _write(
+        self,
+        unknown: Mapping[Key, Score],
+        call: "_Call",
+        texts: Mapping[Key, str],
+        kind: Literal["index", "demonstration"],
+    ) -> None:
+        """Keep the inputs of UNKNOWN scores for replay; `kind` names the number of the rollout or demonstration."""
         if self._unknown_path is None or not unknown:
             return
         self._unknown_path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,8 +136,8 @@ class ProcessScorer:
             for key, score in unknown.items():
                 record = {
                     "prompt_id": key[0],
-                    "index": key[1],
-                    "completion": groups.rollout(key).text,
+                    kind: key[1],
+                    "completion": texts[key],
                     "reward": call.rewards[key],
                     "reason": score.reason,
                 }
@@ -114,8 +157,16 @@ class ProcessScorer:
         )
 
 
+def _with_verdicts(prompt: Prompt, verdicts: Mapping[Key, Score]) -> Prompt:
+    demonstrations = tuple(
+        replace(d, score=d.score or verdicts[prompt.prompt_id, i])
+        for i, d in enumerate(prompt.demonstrations)
+    )
+    return replace(prompt, demonstrations=demonstrations)
+
+
 class _Call:
-    """One call of `score`: what was submitted and what came back."""
+    """One call of `score` or `grade`: what was submitted and what came back."""
 
     def __init__(self, pool: ProcessPool) -> None:
         self.scores: dict[Key, Score] = {}

@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from plait.algorithms import ALGORITHMS, AlgorithmBase, Setup
+from plait.engine.errors import DataError
 from plait.engine.types import (
     Demonstration,
     Prompt,
@@ -21,6 +22,7 @@ from plait.engine.types import (
     Update,
 )
 
+RIGHT = Score.ok(1.0)
 GROUP_METHODS = ("luffy", "srft", "visurf", "hpt", "super_rl", "topr", "rift")
 MIXED = ("luffy", "srft")
 SWITCHING = ("hpt", "super_rl")
@@ -36,7 +38,7 @@ def make_prompt(name: str, *demonstrations: Demonstration) -> Prompt:
     return Prompt(name, ({"role": "user", "content": name},), (5, 6), demonstrations=demonstrations)
 
 
-def demonstrate(*token_ids: int, score: Score | None = None) -> Demonstration:
+def demonstrate(*token_ids: int, score: Score | None = RIGHT) -> Demonstration:
     return Demonstration(token_ids=token_ids, text="", score=score)
 
 
@@ -124,6 +126,13 @@ def test_the_demonstrations_own_score_counts(name):
     prompt = make_prompt("graded", demonstrate(9, 2, score=Score.ok(0.5)))
     update = assemble(build(name), make_group(prompt, 0.0, 0.0, 0.0))
     assert [row.reward for row in expert_rows(update)] == [0.5]
+
+
+@pytest.mark.parametrize("name", [*MIXED, "visurf"])
+def test_a_demonstration_that_was_not_graded_is_refused(name):
+    prompt = make_prompt("ungraded", demonstrate(9, 2, score=None))
+    with pytest.raises(DataError, match=r"'ungraded'.*declare demonstration_scores"):
+        build(name).plan([prompt], [], 0)
 
 
 @pytest.mark.parametrize("name", [*MIXED, "visurf"])
@@ -303,11 +312,12 @@ def test_fields_without_effect_are_refused(name, field):
 
 
 def test_needs_follow_the_config():
-    assert build("srft").needs["main"] == {"entropy", "demonstrations"}
+    scored = {"demonstrations", "demonstration_scores"}
+    assert build("srft").needs["main"] == {"entropy", *scored}
     assert "old_logprobs" in build("srft", rollout_form="ratio").needs["main"]
     assert "old_logprobs" in build("srft", sampler_ratio_cap=2.0).needs["main"]
     assert "entropy" in build("srft", entropy_coef=0.0).needs["main"]
     assert build("rift").needs["main"] == set()
     assert build("rift", entropy_coef=0.1).needs["main"] == {"entropy"}
     assert build("topr", kl_coef=0.1).needs["main"] == {"old_logprobs", "ref_logprobs"}
-    assert build("luffy").needs["main"] == {"old_logprobs", "entropy", "demonstrations"}
+    assert build("luffy").needs["main"] == {"old_logprobs", "entropy", *scored}

@@ -59,7 +59,7 @@ class Data:
 
 def parts(follow_up, data=None) -> Parts:
     log = SimpleNamespace(phase=lambda name: nullcontext(), watch=lambda stream, requests: stream)
-    algorithm = SimpleNamespace(follow_up=follow_up)
+    algorithm = SimpleNamespace(follow_up=follow_up, needs={})
     fakes = dict.fromkeys(("learners", "checkpoints", "probes", "tolerance"))
     return Parts(algorithm, data, Pool(), Scorer(), log=log, **fakes)  # type: ignore[arg-type]
 

@@ -7,14 +7,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
 from plait.engine.errors import ConfigError, RewardError
-from plait.engine.types import Rollout, RolloutRequest, Sampling
+from plait.engine.types import Demonstration, Prompt, Rollout, RolloutRequest, Sampling, Score
 from plait.rewards.config import RewardConfig
 from plait.rewards.scorer import ProcessScorer
 
@@ -265,3 +266,42 @@ def wait_for(condition, seconds: float) -> None:
     while not condition():
         assert time.monotonic() < deadline, "did not happen in time"
         time.sleep(0.02)
+
+
+def demonstrate(prompt_id: str, *texts: str) -> Prompt:
+    return make_prompt(prompt_id, demonstrations=tuple(Demonstration((1, 2), t) for t in texts))
+
+
+def rewards_of(prompts: Sequence[Prompt]) -> list[list[float | None]]:
+    return [[d.score.reward if d.score else -9.0 for d in p.demonstrations] for p in prompts]
+
+
+def test_demonstrations_are_graded_once_and_unknown_ones_again(
+    make_scorer: MakeScorer, tmp_path: Path
+) -> None:
+    code = """
+        from pathlib import Path
+        def reward(prompt, completion):
+            with open("calls", "a") as file:
+                file.write(completion + " ")
+            if completion == "late" and not Path("ready").exists():
+                return None
+            return float(len(completion) > 2)
+    """
+    kept = tmp_path / "unknown.jsonl"
+    scorer = make_scorer("user_rewards:reward", code, kept, num_workers=1)
+    own = replace(Demonstration((1, 2), "own"), score=Score.ok(0.25))
+    prompts = [
+        demonstrate("a", "right", "no"),
+        demonstrate("b", "late"),
+        make_prompt("c", demonstrations=(own,)),
+        make_prompt("d"),
+    ]
+    graded = scorer.grade(prompts)
+    assert rewards_of(graded) == [[1.0, 0.0], [None], [0.25], []]
+    assert [p.prompt_id for p in graded] == ["a", "b", "c", "d"]
+    line = json.loads(kept.read_text())
+    assert (line["prompt_id"], line["demonstration"], line["completion"]) == ("b", 0, "late")
+    (tmp_path / "ready").touch()
+    assert rewards_of(scorer.grade(prompts)) == [[1.0, 0.0], [1.0], [0.25], []]
+    assert sorted((tmp_path / "calls").read_text().split()) == ["late", "late", "no", "right"]
