@@ -20,6 +20,7 @@ from .rift import Rift
 from .sasr import Sasr
 from .sft import Sft
 from .srft import Srft
+from .stages import Stages
 from .super_rl import SuperRl
 from .topr import Topr
 from .uft import Uft
@@ -37,6 +38,7 @@ ALGORITHMS: dict[str, type[AlgorithmBase]] = {
     "sasr": Sasr,
     "sft": Sft,
     "srft": Srft,
+    "stages": Stages,
     "super_rl": SuperRl,
     "topr": Topr,
     "uft": Uft,

@@ -47,6 +47,16 @@ class AlgorithmConfig(Section):
     standalone_experts: ClassVar[bool] = False
     """True where expert rows stand alone: types that read rewards of stored responses are allowed then."""
 
+    @property
+    def sections(self) -> Mapping[str, AlgorithmConfig]:
+        """The configs that train, by their place in the recipe: this one, or those of its stages."""
+        return {"algorithm": self}
+
+    @classmethod
+    def with_limit(cls, section: Mapping[str, Any], limit: int) -> dict[str, Any]:
+        """A recipe's section with the sampler's response limit where it gives none."""
+        return {"max_response_length": limit, **section}
+
     @model_validator(mode="after")
     def _expert_loss_fits(self) -> AlgorithmConfig:
         loss = getattr(self, "expert_loss", None)

@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from ..algorithms import AlgorithmBase, AlgorithmConfig, Setup, resolve
+from ..algorithms.stages import StagesConfig
 from ..engine.config import CheckpointConfig, EvalConfig, LearnerConfig, LoopConfig, Section
 from ..engine.contracts import UNAVAILABLE
 from ..engine.errors import ConfigError, Problem
@@ -76,9 +77,12 @@ class Recipe(Section):
         rollouts = self.rollouts
         return Sampling(rollouts.max_response_length, rollouts.temperature, rollouts.top_p)
 
+    @property
+    def setup(self) -> Setup:
+        return Setup(self.sampling, self.loop.minibatches, self.loop.epochs, self.run.seed)
+
     def build_algorithm(self) -> AlgorithmBase:
-        setup = Setup(self.sampling, self.loop.minibatches, self.loop.epochs, self.run.seed)
-        return resolve(self.algorithm.type)(self.algorithm, setup)
+        return resolve(self.algorithm.type)(self.algorithm, self.setup)
 
     def to_yaml(self) -> str:
         """Every field with its value; loads to an equal recipe."""
@@ -189,8 +193,7 @@ def recipe_schema(raw: Raw, problems: list[Problem]) -> tuple[type[Recipe], Raw]
     rollouts = raw.get("rollouts")
     limit = rollouts.get("max_response_length") if isinstance(rollouts, dict) else None
     limit = RolloutConfig().max_response_length if limit is None else limit
-    raw = {**raw, "algorithm": {"max_response_length": limit, **section}}
-    return recipe_with(config), raw
+    return recipe_with(config), {**raw, "algorithm": config.with_limit(section, limit)}
 
 
 @cache
@@ -243,6 +246,9 @@ def did_you_mean(path: Sequence[str], raw: Raw, schema: type[BaseModel]) -> str:
 def field_names(schema: Any, path: Sequence[str], raw: Any) -> list[str]:
     """Fields of the section at `path`; of a union, the member that the section's `type` selects."""
     for part in path:
+        if isinstance(raw, list):
+            raw = raw[int(part)]
+            continue
         raw = raw.get(part) if isinstance(raw, dict) else None
         models = (
             list(section_models(schema.model_fields[part])) if part in schema.model_fields else []
@@ -251,6 +257,8 @@ def field_names(schema: Any, path: Sequence[str], raw: Any) -> list[str]:
         if not models:
             return []
         schema = (tagged or models)[0]
+        if schema is AlgorithmConfig and isinstance(raw, dict):
+            schema = resolve(raw["type"]).Config
     return list(schema.model_fields)
 
 
@@ -327,24 +335,43 @@ def contradictions(recipe: Recipe) -> list[Problem]:
         "required: rollouts and evaluation are scored; name one, for example math, "
         "or set eval.num_prompts = 0 for supervised training without evaluation",
     )
+    if isinstance(algorithm, StagesConfig):
+        begins, steps = algorithm.starts[-1], recipe.loop.steps
+        check(
+            begins < steps,
+            "algorithm.stages",
+            ...,
+            f"the last one would begin after {begins} steps, loop.steps = {steps} never gets there; raise loop.steps, "
+            "or shorten the stages before it",
+        )
     return problems + unfed_expert_loss(recipe)
 
 
 def unfed_expert_loss(recipe: Recipe) -> list[Problem]:
     """An expert loss whose columns, model outputs or schedule nothing in this run would provide."""
-    loss = getattr(recipe.algorithm, "expert_loss", None)
+    return [
+        problem
+        for section, config in recipe.algorithm.sections.items()
+        for problem in unfed_by(section, resolve(config.type)(config, recipe.setup))
+    ]
+
+
+def unfed_by(section: str, algorithm: AlgorithmBase) -> list[Problem]:
+    loss = getattr(algorithm.config, "expert_loss", None)
     if loss is None:
         return []
-    path, algorithm = "algorithm.expert_loss.type", recipe.build_algorithm()
+    path = f"{section}.expert_loss.type"
     missing = [f"{need}: {UNAVAILABLE[need]}" for need in sorted(loss.needs & UNAVAILABLE.keys())]
     problems = [Problem(path, loss.type, f"needs {text}") for text in missing]
     fed = frozenset[str]().union(*algorithm.needs.values())
     unfed = sorted(loss.needs - fed) + sorted(loss.coefs(0).keys() - algorithm.coefs(0).keys())
     if unfed and not problems:
-        message = f"needs {', '.join(unfed)}, which {recipe.algorithm.type} does not feed it; use sft or chord"
+        message = f"needs {', '.join(unfed)}, which {algorithm.config.type} does not feed it; use sft or chord"
         problems.append(Problem(path, loss.type, message))
     return problems
 
 
 def needs_reward(recipe: Recipe) -> bool:
-    return recipe.eval.num_prompts > 0 or hasattr(recipe.algorithm, "rollouts_per_prompt")
+    return recipe.eval.num_prompts > 0 or any(
+        hasattr(config, "rollouts_per_prompt") for config in recipe.algorithm.sections.values()
+    )

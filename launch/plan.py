@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any
 
+from ..algorithms import AlgorithmConfig, resolve
+from ..algorithms.stages import StagesConfig
 from .config import Recipe
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -61,9 +63,7 @@ def make_plan(recipe: Recipe, model_path: str) -> Plan:
     """Count rows, steps and bytes; reads only the model's config."""
     algorithm = recipe.build_algorithm()
     loop, learner, rollouts = recipe.loop, recipe.learner, recipe.rollouts
-    group = getattr(recipe.algorithm, "rollouts_per_prompt", 0)
-    stream = algorithm.expert_rows(0)
-    expert_rows = stream if group else loop.prompts_per_step
+    group, expert_rows = widest_step(recipe)
     rows = loop.prompts_per_step * group + expert_rows
     longest = rollouts.max_prompt_length + rollouts.max_response_length
     per_minibatch = ceil(rows / loop.minibatches)
@@ -72,7 +72,7 @@ def make_plan(recipe: Recipe, model_path: str) -> Plan:
     wanted = any("old_logprobs" in needs for needs in algorithm.needs.values())
     parameters, hidden, layers, vocabulary = model_size(model_path)
     return Plan(
-        algorithm=recipe.algorithm.type,
+        algorithm=describe(recipe.algorithm),
         steps=loop.steps,
         prompts_per_step=loop.prompts_per_step,
         rollouts_per_prompt=group,
@@ -100,6 +100,27 @@ def make_plan(recipe: Recipe, model_path: str) -> Plan:
         rollout_gib_per_worker=parameters * BYTES[rollouts.dtype or learner.dtype] / GIB
         + (rollouts.kv_cache_gib if rollouts.device == "cpu" else 0.0),
     )
+
+
+def widest_step(recipe: Recipe) -> tuple[int, int]:
+    """Rollouts a prompt and demonstrations of a step; with stages, those of the stage that has most rows."""
+    prompts = recipe.loop.prompts_per_step
+    steps = []
+    for config in recipe.algorithm.sections.values():
+        group = getattr(config, "rollouts_per_prompt", 0)
+        stream = resolve(config.type)(config, recipe.setup).expert_rows(0)
+        steps.append((group, stream if group else prompts))
+    return max(steps, key=lambda step: prompts * step[0] + step[1])
+
+
+def describe(config: AlgorithmConfig) -> str:
+    if not isinstance(config, StagesConfig):
+        return config.type
+    parts = [
+        f"{stage.algorithm.type} {f'{stage.steps} steps' if stage.steps else 'for the rest'}"
+        for stage in config.stages
+    ]
+    return f"stages: {', then '.join(parts)}; a step below is one of the stage with most rows"
 
 
 def model_size(path: str) -> tuple[int, int, int, int]:

@@ -13,51 +13,16 @@ from plait.algorithms.draws import uniforms
 from plait.engine.batch import collate
 from plait.engine.errors import CheckpointError
 from plait.engine.types import (
-    Demonstration,
-    Prompt,
-    Rollout,
-    RolloutGroup,
     Sampling,
-    Score,
     Source,
     UpdateReport,
 )
-
-SETUP = Setup(Sampling(12), minibatches=2, epochs=1, seed=3)
-
-
-def make_prompt(name, demonstrated=True):
-    demonstration = Demonstration((4, 5, 6, 7, 8, 9, 2), "x", piece_lengths=(2, 1, 2, 1))
-    return Prompt(name, (), (1, 3), demonstrations=(demonstration,) if demonstrated else ())
-
-
-PROMPTS = [make_prompt(name) for name in "abc"]
+from steps import PROMPTS, SETUP, answer, make_prompt
 
 
 def build(name: str, setup: Setup = SETUP, **config: Any) -> Any:
     cls = resolve(name)
     return cls(cls.Config.model_validate({"type": name, **config}), setup)
-
-
-def answer(requests, rewards):
-    """Groups as the scorer returns them; `rewards` by prompt id, None is UNKNOWN."""
-    groups = {}
-    for request in requests:
-        rollouts = groups.setdefault(request.prompt.prompt_id, (request.prompt, []))[1]
-        for index in range(request.first_index, request.first_index + request.n):
-            ids = (*request.prefix, 11, 2)
-            size = len(request.prefix)
-            rollouts.append(
-                Rollout(request.prompt.prompt_id, index, ids, size, (-0.1, -0.2), 0, "stop", "")
-            )
-    return [
-        RolloutGroup(
-            prompt,
-            tuple(rollouts),
-            tuple(Score.unknown("?") if r is None else Score.ok(r) for r in rewards[name]),
-        )
-        for name, (prompt, rollouts) in groups.items()
-    ]
 
 
 def test_draws_depend_on_the_whole_key_and_on_nothing_else():

@@ -27,6 +27,12 @@ CONFIGS = {
     "relift": {"expert_batch_size": 2},
     "sasr": {"warmup_steps": 1},
     "one_token_rollout": {"samples_per_token": 8},
+    "stages": {
+        "stages": [
+            {"steps": 1, "algorithm": {"type": "sft"}},
+            {"algorithm": {"type": "grpo", "rollouts_per_prompt": 3, "kl_coef": 0.01}},
+        ]
+    },
 }
 """What an algorithm needs to show all of itself in three steps."""
 
