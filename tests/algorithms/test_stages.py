@@ -89,7 +89,8 @@ def test_an_algorithm_of_the_users_own_can_be_a_stage(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     own = {"type": "own_stage:Own", "own": 3}
     recipe = load(tmp_path, {"steps": 1, "algorithm": SFT}, {"algorithm": own})
-    assert recipe.build_algorithm().members[1].config.own == 3
+    staged: Any = recipe.build_algorithm()
+    assert staged.members[1].config.own == 3
 
 
 def run_step(staged, step):
@@ -113,11 +114,12 @@ def test_schedules_of_a_stage_begin_with_it():
         "type": "chord",
         "rollouts_per_prompt": 2,
         "expert_rows_per_step": 5,
+        "mu_peak": 0.9,
         "mu_decay_steps": 4,
     }
     staged = build({"steps": 3, "algorithm": GRPO}, {"algorithm": chord})
     assert [staged.expert_rows(step) for step in (2, 3)] == [0, 5]
-    assert run_step(staged, 3)[0].coefs["mu"] == resolve("chord").Config().mu_peak
+    assert run_step(staged, 3)[0].coefs["mu"] == 0.9
 
 
 def test_feedback_and_state_belong_to_the_stage():
