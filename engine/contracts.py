@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .types import (
+        GradientComparison,
+        GradientProbe,
         LossOutput,
         PolicyOutput,
         Prompt,
@@ -243,6 +245,12 @@ class Learners(Protocol):
         prepare: PrepareFn | None = None,
     ) -> Sequence[UpdateReport]:
         """Minibatches x epochs optimizer steps; `prepare` sees each whole minibatch first."""
+        ...
+
+    def compare_gradients(
+        self, probes: Sequence[GradientProbe], *, step: int, prepare: PrepareFn | None = None
+    ) -> GradientComparison:
+        """Gradients of the current weights, each over its whole batch as one minibatch; nothing is applied."""
         ...
 
     def connect(self, receivers: Sequence[Any]) -> None:

@@ -26,6 +26,7 @@ from .batch import blank, from_sequences
 from .config import LearnerConfig
 from .contracts import LossFn, Need
 from .errors import LearnerError
+from .gradients import gram_matrix, keep_source
 from .model_engine import ModelEngine
 from .types import (
     PolicyOutput,
@@ -196,18 +197,43 @@ class LearnerWorker:
         return UpdateReport(loss_name, grad_norm, metrics, learning_rate)
 
     def gradients(
-        self, micro_batches: Sequence[TrainBatch], loss_name: str, coefs: Mapping[str, float]
+        self,
+        micro_batches: Sequence[TrainBatch],
+        loss_name: str,
+        coefs: Mapping[str, float],
+        only: Source | None = None,
     ) -> tuple[UpdateReport, dict[str, Tensor]]:
-        """The minibatch's gradient by parameter, full size on every rank; weights stay as they are.
+        """The minibatch's gradient by parameter, full size on every rank; nothing is applied.
 
-        For checks only: Adam's moments take a step of learning rate 0.
+        With `only`, the part of it that goes through tokens of that source.
         """
-        metrics = self._accumulate(micro_batches, loss_name, coefs)
-        found = self.engine.gradients()
-        return UpdateReport(loss_name, self.engine.apply(0.0), metrics, 0.0), found
+        metrics = self._accumulate(micro_batches, loss_name, coefs, only)
+        found = {name: gradient.clone() for name, gradient in self.engine.gradients()}
+        return UpdateReport(loss_name, self.engine.discard(), metrics, 0.0), found
+
+    def compare_gradients(
+        self, probes: Sequence[tuple[Sequence[TrainBatch], str, Mapping[str, float], Source | None]]
+    ) -> tuple[list[list[float]], list[dict[str, float]]]:
+        """Arguments of `gradients` by probe -> dot products of all pairs, and each probe's metrics.
+
+        Each rank keeps 1 / ranks of every gradient, in host memory.
+        """
+        shares, metrics = [], []
+        for micro_batches, loss_name, coefs, only in probes:
+            metrics.append(self._accumulate(micro_batches, loss_name, coefs, only))
+            shares.append(self.engine.gradient_share())
+            self.engine.discard()
+        gram = gram_matrix(shares).to(self.device)
+        if self.rank.world_size > 1:
+            torch.distributed.all_reduce(gram)
+        return gram.tolist(), metrics
 
     def _accumulate(
-        self, micro_batches: Sequence[TrainBatch], loss_name: str, coefs: Mapping[str, float]
+        self,
+        micro_batches: Sequence[TrainBatch],
+        loss_name: str,
+        coefs: Mapping[str, float],
+        only: Source | None = None,
     ) -> dict[str, float]:
         """Forward and backward of every micro-batch; metrics summed over micro-batches and ranks."""
         loss_fn, needs = self.losses[loss_name], self.needs[loss_name]
@@ -221,7 +247,10 @@ class LearnerWorker:
             if "old_logprobs" in needs and batch.old_logprobs is None:
                 # One optimizer step consumes the whole batch: the old policy is the current one.
                 batch = replace(batch, old_logprobs=logprobs.detach())
-            result = loss_fn(PolicyOutput(logprobs, entropy, samples=samples), batch, coefs)
+            out = PolicyOutput(logprobs, entropy, samples=samples)
+            if only is not None:
+                out = keep_source(out, batch, only)
+            result = loss_fn(out, batch, coefs)
             self.engine.backward(result.loss, last=i == len(micro_batches) - 1)
             measured = {"loss": result.loss, **result.metrics, **self._diagnostics(batch)}
             for name, value in measured.items():

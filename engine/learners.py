@@ -13,7 +13,15 @@ from .config import LearnerConfig
 from .contracts import LossFn, Need, PrepareFn
 from .errors import LearnerError
 from .learner import LearnerWorker, Rank, WeightRoute, free_port, learning_rate
-from .types import Source, TokenSampling, TrainBatch, Update, UpdateReport
+from .types import (
+    GradientComparison,
+    GradientProbe,
+    Source,
+    TokenSampling,
+    TrainBatch,
+    Update,
+    UpdateReport,
+)
 
 CLOSE_SECONDS = 5.0
 
@@ -199,21 +207,49 @@ class LearnerGroup:
         rate = update.learning_rate
         if rate is None:
             rate = learning_rate(self.config, step, self.total_steps)
-        row_seeds = batch.row_seeds
         reports = []
         for epoch in range(update.epochs):
             seed = hash((self.seed, step, epoch)) & 0xFFFFFFFF
-            if row_seeds is not None:
-                batch = replace(batch, row_seeds=row_seeds ^ seed_of(self.seed, step, epoch))
+            seeded = self._seed_rows(batch, step, epoch)
             for rows in split_minibatches(batch, update.minibatches, seed):
-                minibatch = select(batch, rows)
+                minibatch = select(seeded, rows)
                 minibatch = replace(minibatch, denom=count(minibatch))
                 if minibatch.denom.tokens:
-                    if prepare is not None:
-                        current = self._current_logprobs(minibatch, update.loss)
-                        minibatch = prepare(minibatch, current, update.coefs)
+                    minibatch = self._prepare(minibatch, update.loss, update.coefs, prepare)
                     reports.append(self._step(minibatch, update, rate))
         return reports
+
+    def compare_gradients(
+        self, probes: Sequence[GradientProbe], *, step: int, prepare: PrepareFn | None = None
+    ) -> GradientComparison:
+        """Each probe's batch is cut over ranks and micro-batches as a step of one minibatch would cut it."""
+        per_rank: list[list[Any]] = [[] for _ in range(self.ranks.world_size)]
+        for probe in probes:
+            batch = self._seed_rows(probe.batch, step, epoch=0)
+            batch = self._prepare(batch, probe.loss, probe.coefs, prepare)
+            for calls, plan in zip(per_rank, self._parts(batch), strict=True):
+                micro_batches = [select(batch, rows) for rows in plan]
+                calls.append((micro_batches, probe.loss, probe.coefs, probe.only))
+        answers = self.ranks.call("compare_gradients", [(calls,) for calls in per_rank])
+        gram, metrics = answers[0]
+        names = tuple(probe.name for probe in probes)
+        return GradientComparison(names, tuple(map(tuple, gram)), tuple(metrics))
+
+    def _seed_rows(self, batch: TrainBatch, step: int, epoch: int) -> TrainBatch:
+        if batch.row_seeds is None:
+            return batch
+        return replace(batch, row_seeds=batch.row_seeds ^ seed_of(self.seed, step, epoch))
+
+    def _prepare(
+        self,
+        minibatch: TrainBatch,
+        loss: str,
+        coefs: Mapping[str, float],
+        prepare: PrepareFn | None,
+    ) -> TrainBatch:
+        if prepare is None:
+            return minibatch
+        return prepare(minibatch, self._current_logprobs(minibatch, loss), coefs)
 
     def _current_logprobs(self, minibatch: TrainBatch, loss: str) -> torch.Tensor | None:
         """A no-grad pass for losses whose minibatch-wide statistics depend on the present weights."""

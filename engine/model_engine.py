@@ -5,6 +5,7 @@ The policy has one, and so has the critic of an algorithm that trains one: both 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +88,31 @@ class ModelEngine:
             raise LearnerError("DeepSpeed reported no gradient norm; its version is not supported")
         return float(norm)
 
-    def gradients(self) -> dict[str, Tensor]:
-        """What was accumulated, by parameter, full size on every rank."""
+    def discard(self) -> float:
+        """Drop the accumulated gradients: no weight and no moment changes; returns their norm."""
+        with self.moments.unmoved():
+            return self.apply(0.0)
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, what was accumulated at full size) of each trained parameter that the loss reached.
+
+        Collective under ZeRO: every rank walks it. Without ZeRO it is the buffer itself, not a copy.
+        """
         from deepspeed.utils import safe_get_full_grad
 
+        for name, parameter in self.module.named_parameters():
+            gradient = safe_get_full_grad(parameter) if parameter.requires_grad else None
+            if gradient is not None:
+                yield name, gradient
+
+    def gradient_share(self) -> dict[str, Tensor]:
+        """This rank's part of the accumulated gradient: 1 / ranks of each parameter, float32 in host memory."""
+        rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         return {
-            name: safe_get_full_grad(parameter).clone()
-            for name, parameter in self.module.named_parameters()
-            if parameter.requires_grad
+            name: gradient.flatten()
+            .tensor_split(num_ranks)[rank]
+            .to("cpu", torch.float32, copy=True)
+            for name, gradient in self.gradients()
         }
 
     def save(self, folder: str, rank: int) -> None:

@@ -42,6 +42,16 @@ class OptimizerStates:
         finally:
             self._others[name], inner.state = inner.state, main
 
+    @contextmanager
+    def unmoved(self) -> Iterator[None]:
+        """The optimizer step inside clears the gradients, as any step does, and changes no weight and no moment."""
+        inner = self._inner
+        inner.step = lambda closure=None: None
+        try:
+            yield
+        finally:
+            del inner.step  # the class's own again
+
     def save(self, folder: Path, rank: int) -> None:
         """One file a set and rank, beside DeepSpeed's own."""
         for name, states in self._others.items():

@@ -15,7 +15,7 @@ from plait.engine.batch import collate, select
 from plait.engine.config import LearnerConfig, LoraConfig
 from plait.engine.learner import LearnerWorker, Rank, learning_rate
 from plait.engine.learners import RemoteLearner
-from plait.engine.types import Sampling
+from plait.engine.types import Sampling, Source
 
 KINDS = "ppephe"
 EVERYTHING = ChordConfig(entropy_coef=0.01, kl_coef=0.05, sampler_ratio_cap=2.0)
@@ -134,6 +134,25 @@ def test_two_ranks_give_the_gradient_of_one(tiny_model, reference, two_ranks, ze
         )
         for answer in answers:
             assert_same_gradient(answer, reference)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_two_ranks_compare_gradients_as_one(tiny_model, reference, two_ranks, zero_stage):
+    start, call = two_ranks
+    start(tiny_model, LearnerConfig(num_workers=2, zero_stage=zero_stage, num_cpus=1))
+    batch = make_batch()
+    sources = (Source.EXPERT, Source.POLICY, None)
+
+    def probes(plan):
+        return [(cut(batch, plan), "main", COEFS, only) for only in sources]
+
+    answers = call("compare_gradients", (probes([[0, 1, 3]]),), (probes([[2, 4, 5]]),))
+    for gram, metrics in answers:
+        expert, policy, whole = range(3)
+        parts = gram[expert][expert] + gram[policy][policy] + 2 * gram[expert][policy]
+        assert parts == pytest.approx(gram[whole][whole], rel=1e-5)
+        assert gram[whole][whole] ** 0.5 == pytest.approx(reference[0].grad_norm, rel=1e-5)
+        assert metrics[whole]["loss"] == pytest.approx(reference[0].metrics["loss"], rel=1e-5)
 
 
 def test_the_optimizer_step_is_adamw_on_the_clipped_gradient(tiny_model, reference):
