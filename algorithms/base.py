@@ -137,8 +137,12 @@ def make_row(
     rollout_logprobs: Sequence[float] = (),
     reward: float | None = None,
     policy_version: int | None = None,
+    demonstration: int | None = None,
 ) -> Sample:
-    """Prompt as CONTEXT, then `expert_tokens` EXPERT tokens, then POLICY tokens with the sampler's log-probs."""
+    """Prompt as CONTEXT, then `expert_tokens` EXPERT tokens, then POLICY tokens with the sampler's log-probs.
+
+    `demonstration`: which of the prompt's the EXPERT tokens are the beginning of; the row takes over its columns.
+    """
     context, total = len(prompt.token_ids), len(prompt.token_ids) + len(response)
     source = np.full(total, Source.POLICY, dtype=np.int8)
     source[:context] = Source.CONTEXT
@@ -146,15 +150,24 @@ def make_row(
     sampled = np.full(total, np.nan, dtype=np.float32)
     if len(rollout_logprobs):
         sampled[context + expert_tokens :] = rollout_logprobs
+    weights, columns = np.ones(total, dtype=np.float32), dict[str, np.ndarray]()
+    if demonstration is not None:
+        for name, values in prompt.demonstrations[demonstration].columns.items():
+            column = columns[name] = np.full(total, np.nan, dtype=np.float32)
+            column[context : context + expert_tokens] = values[:expert_tokens]
+        stored = columns.pop("token_weights", weights)
+        weights = np.where(np.isnan(stored), weights, stored)
     return Sample(
         token_ids=np.asarray((*prompt.token_ids, *response), dtype=np.int32),
         source=source,
         advantages=np.zeros(total, dtype=np.float32),
-        weights=np.ones(total, dtype=np.float32),
+        weights=weights,
         rollout_logprobs=sampled,
         group_id=prompt.prompt_id,
         reward=reward,
         policy_version=policy_version,
+        columns=columns,
+        sample_id="" if demonstration is None else f"{prompt.prompt_id}#{demonstration}",
     )
 
 
@@ -168,6 +181,7 @@ def rollout_rows(groups: Sequence[RolloutGroup]) -> list[Sample]:
             rollout_logprobs=rollout.logprobs,
             reward=score.reward,
             policy_version=rollout.policy_version,
+            demonstration=origin_of(group.prompt, rollout.token_ids[: rollout.prefix_len]),
         )
         for group in groups
         for rollout, score in zip(group.rollouts, group.scores, strict=True)
@@ -175,25 +189,49 @@ def rollout_rows(groups: Sequence[RolloutGroup]) -> list[Sample]:
     ]
 
 
-def expert_row(prompt: Prompt, demonstration: Demonstration, max_response_length: int) -> Sample:
-    """The demonstration as a row, cut to `max_response_length` tokens (the end token stays only when it fits).
+def origin_of(prompt: Prompt, prefix: TokenIds) -> int | None:
+    """Which demonstration of the prompt begins with `prefix`; None without a prefix."""
+    for i, demonstration in enumerate(prompt.demonstrations):
+        if prefix and demonstration.token_ids[: len(prefix)] == prefix:
+            return i
+    return None
 
-    Raises DataError when the demonstration has no tokens.
+
+def expert_row(prompt: Prompt, demonstration: Demonstration, max_response_length: int) -> Sample:
+    """One of the prompt's demonstrations as a row, cut to `max_response_length` tokens, its columns with it.
+
+    The end token stays only when it fits. Raises DataError when the demonstration has no tokens.
     """
     if not demonstration.token_ids:
         raise DataError(f"prompt {prompt.prompt_id!r}: its demonstration has no tokens; remove it")
     response = demonstration.token_ids[:max_response_length]
-    return make_row(prompt, response, expert_tokens=len(response))
+    return make_row(
+        prompt,
+        response,
+        expert_tokens=len(response),
+        demonstration=prompt.demonstrations.index(demonstration),
+    )
 
 
-def expert_rows(prompts: Sequence[Prompt], max_response_length: int) -> list[Sample]:
-    """One row a prompt, from its first demonstration. Raises DataError naming a prompt that has none."""
+def expert_rows(
+    prompts: Sequence[Prompt], max_response_length: int, *, scored: bool = False
+) -> list[Sample]:
+    """One row a prompt, from its first demonstration. Raises DataError naming a prompt that has none.
+
+    With `scored`, one row for each of its demonstrations, with the score as reward; UNKNOWN ones are left out.
+    """
     for prompt in prompts:
         if not prompt.demonstrations:
             raise DataError(
                 f"prompt {prompt.prompt_id!r} has no demonstration, and this algorithm trains one for each prompt"
             )
-    return [expert_row(p, p.demonstrations[0], max_response_length) for p in prompts]
+    if not scored:
+        return [expert_row(p, p.demonstrations[0], max_response_length) for p in prompts]
+    return [
+        replace(expert_row(p, d, max_response_length), reward=d.score and d.score.reward)
+        for p in prompts
+        for d in demonstrated(p)
+    ]
 
 
 def demonstrated(prompt: Prompt) -> tuple[Demonstration, ...]:
@@ -308,10 +346,16 @@ class AlgorithmBase(ABC):
     def update(self, samples: Sequence[Sample], coefs: Mapping[str, float]) -> Update:
         return Update(tuple(samples), "main", coefs, self.setup.minibatches, self.setup.epochs)
 
+    def demonstration_rows(self, prompts: Sequence[Prompt]) -> list[Sample]:
+        """Demonstrations as rows: the first of each prompt, or all, where the expert loss reads their scores."""
+        loss = getattr(self.config, "expert_loss", None)
+        scored = loss is not None and "row_rewards" in loss.needs
+        return expert_rows(prompts, self.config.max_response_length, scored=scored)
+
     def assemble(
         self, plan: StepPlan, groups: Sequence[RolloutGroup], step: int
     ) -> Sequence[Update]:
-        rows = rollout_rows(groups) + expert_rows(plan.experts, self.config.max_response_length)
+        rows = rollout_rows(groups) + self.demonstration_rows(plan.experts)
         return [self.update(self.credit(rows), self.coefs(step))]
 
     def finish(self, batch: TrainBatch) -> TrainBatch:

@@ -51,7 +51,9 @@ class Supervised:
         """A per-token or per-row constant that the type declared in `needs`, 0 outside the supervised tokens."""
         values = getattr(self.batch, name)
         if values is None:
-            raise DataError(f"the expert loss needs {name}, which the batch does not have")
+            if bool(self.members.mask.any()):
+                raise DataError(f"the expert loss needs {name}, which the batch does not have")
+            return self.logprobs.detach() * 0
         return (
             values if len(values) == self.batch.num_rows else values.where(self.members.mask, 0.0)
         )
@@ -161,6 +163,8 @@ def supervised(batch: TrainBatch) -> Tensor:
 def stored(batch: TrainBatch, name: str) -> Tensor:
     """A column of the data on the whole minibatch. Raises DataError where a supervised token lacks it."""
     values, mask = getattr(batch, name), supervised(batch)
+    if not bool(mask.any()):
+        return batch.weights * 0
     if values is not None and len(values) == batch.num_rows:
         mask = sum_rows(mask.to(batch.weights.dtype), batch) > 0
     if values is None or bool(values[mask].isnan().any()):

@@ -82,13 +82,13 @@ class Topr(RewardSigned):
     def prepare(
         self, batch: TrainBatch, logprobs: Tensor | None, coefs: Mapping[str, float]
     ) -> TrainBatch:
-        stored(batch, "old_logprobs")
+        stored(batch, "behaviour_logprobs")
         return super().prepare(batch, logprobs, coefs)
 
     def __call__(self, tokens: Supervised) -> TokenLoss:
         batch, mask = tokens.batch, tokens.members.mask
         advantage = batch.rewards.nan_to_num(0.0) - self.reward_baseline
-        gap = tokens.logprobs.detach().where(mask, 0.0) - tokens.column("old_logprobs")
+        gap = tokens.logprobs.detach().where(mask, 0.0) - tokens.column("behaviour_logprobs")
         ratio = sum_rows(gap, batch).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
         positive = ratio.clamp(self.positive_ratio_low, self.positive_ratio_high)
         negative = ratio.clamp(self.negative_ratio_low, self.negative_ratio_high)

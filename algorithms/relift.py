@@ -34,12 +34,13 @@ from ..engine.types import (
     UpdateReport,
 )
 from .advantages import Estimator
-from .base import AlgorithmBase, ExpertFields, PolicyFields, Setup, expert_rows, surrogate_needs
+from .base import AlgorithmBase, ExpertFields, PolicyFields, Setup, surrogate_needs
 from .grpo import grpo_loss
 from .losses import Members, Normalizer, expert_component
 
 
 class ReliftConfig(PolicyFields, ExpertFields):
+    standalone_experts = True
     type: Literal["relift"] = "relift"
     expert_batch_size: int = Field(default=128, ge=1)
     """Failed prompts that make a fine-tuning phase (M in the paper)."""
@@ -133,7 +134,7 @@ class Relift(AlgorithmBase):
     def sft_update(self, prompts: Sequence[Prompt], step: int) -> Update:
         config = self.config
         return Update(
-            tuple(expert_rows(prompts, config.max_response_length)),
+            tuple(self.demonstration_rows(prompts)),
             "sft",
             self.coefs(step),
             epochs=config.expert_epochs,

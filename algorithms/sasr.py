@@ -32,7 +32,7 @@ from ..engine.types import (
     Update,
     UpdateReport,
 )
-from .base import AlgorithmBase, ExpertFields, PolicyFields, Setup, expert_rows, surrogate_needs
+from .base import AlgorithmBase, ExpertFields, PolicyFields, Setup, surrogate_needs
 from .draws import uniforms
 from .grpo import grpo_loss
 from .losses import Normalizer, expert_component
@@ -41,6 +41,7 @@ MIN_NORM = 1e-8
 
 
 class SasrConfig(PolicyFields, ExpertFields):
+    standalone_experts = True
     type: Literal["sasr"] = "sasr"
     warmup_steps: int = Field(default=100, ge=1)
     """Fine-tuning steps before the gate decides."""
@@ -116,7 +117,7 @@ class Sasr(AlgorithmBase):
         minibatches, epochs = self.setup.minibatches, self.setup.epochs
         moves = self.config.kl_coef > 0 and step == self.config.warmup_steps
         if plan.experts:
-            rows = tuple(expert_rows(plan.experts, self.config.max_response_length))
+            rows = tuple(self.demonstration_rows(plan.experts))
             sft = rows, "sft", self.coefs(step), minibatches, epochs
             return [Update(*sft, refresh_reference=moves)]
         (update,) = super().assemble(plan, groups, step)

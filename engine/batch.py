@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,9 +56,22 @@ def collate(samples: Sequence[Sample], dtype: torch.dtype = torch.float32) -> Tr
         ),
         group_ids=torch.tensor([groups[s.group_id] for s in samples], dtype=torch.long),
         denom=Denominators(0, 0, 0, 0, 0, 0),
+        group_names=tuple(s.group_id for s in samples),
+        sample_ids=tuple(s.sample_id for s in samples),
         row_seeds=torch.tensor([seed_of(s.group_id, i) for i, s in enumerate(samples)]).long(),
     )
-    return replace(batch, denom=count(batch))
+    columns = {name: stored_column(samples, name, dtype) for name in stored_names(samples)}
+    return replace(batch, denom=count(batch), **columns)
+
+
+def stored_names(samples: Sequence[Sample]) -> set[str]:
+    return set().union(*(sample.columns for sample in samples))
+
+
+def stored_column(samples: Sequence[Sample], name: str, dtype: torch.dtype) -> Tensor:
+    """[T] of what the data stores, NaN on rows that have no such column."""
+    parts = [sample.columns.get(name, np.full(len(sample), np.nan)) for sample in samples]
+    return torch.from_numpy(np.concatenate(parts)).to(dtype)
 
 
 def seed_of(*key: object) -> int:
@@ -88,17 +102,24 @@ def select(batch: TrainBatch, rows: Sequence[int]) -> TrainBatch:
     row_ids = torch.repeat_interleave(torch.arange(len(index)), lengths)
     # Token j of new row i is token j of old row index[i].
     tokens = torch.arange(int(starts[-1])) - starts[row_ids] + batch.row_starts[index][row_ids]
-    taken = {"row_ids": row_ids, "row_starts": starts}
+    taken: dict[str, Any] = {"row_ids": row_ids, "row_starts": starts}
     for field in fields(batch):
         value = getattr(batch, field.name)
-        if field.name not in taken and isinstance(value, Tensor):
+        if isinstance(value, tuple) and value:
+            taken[field.name] = tuple(value[row] for row in rows)
+        elif field.name not in taken and isinstance(value, Tensor):
             taken[field.name] = value[index if field.name in ROW_FIELDS else tokens]
     return replace(batch, **taken)
 
 
 def blank(batch: TrainBatch) -> TrainBatch:
     """One row of two CONTEXT tokens with the same columns as `batch`: computes, trains nothing."""
-    rows = {"row_starts": torch.tensor([0, 2]), "position_ids": torch.arange(2)}
+    rows: dict[str, Any] = {
+        "row_starts": torch.tensor([0, 2]),
+        "position_ids": torch.arange(2),
+        "group_names": ("",),
+        "sample_ids": ("",),
+    }
     for field in fields(batch):
         value = getattr(batch, field.name)
         if field.name not in rows and isinstance(value, Tensor):

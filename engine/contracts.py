@@ -37,19 +37,20 @@ Need = Literal[
     "minibatch_stats",
     "ref_kl",
     "topk_entropy",
+    "previous_losses",
     "token_weights",
     "base_logprobs",
     "history_logprobs",
     "prompt_attention",
-    "previous_losses",
-    "row_rewards",
     "behaviour_logprobs",
+    "row_rewards",
 ]
 """What a loss consumes beyond tokens and advantages.
 
-`minibatch_stats`: the algorithm's `prepare` gets current log-probs of the whole minibatch. From `ref_kl` on, nothing
-in the engine provides the need yet: see UNAVAILABLE.
 `demonstration_scores`: the run's verifier grades the demonstrations of a step's prompts before `plan` sees them.
+`minibatch_stats`: the algorithm's `prepare` gets current log-probs of the whole minibatch.
+From `token_weights` to `behaviour_logprobs`: the data stores it with each demonstration; `row_rewards` are the scores
+of demonstrations. `ref_logprobs` are the data's where it has them, else the frozen reference's.
 `token_samples` are drawn in the forward pass as the algorithm's `token_sampling` says and come as `out.samples`;
 `entropy` is differentiable and current; `old_entropy` and `old_logprobs` are recorded before the first update.
 """
@@ -57,13 +58,7 @@ in the engine provides the need yet: see UNAVAILABLE.
 UNAVAILABLE: Mapping[str, str] = {
     "ref_kl": "the LM head does not put reference logits beside the policy's",
     "topk_entropy": "the LM head does not return the entropy of the largest logits",
-    "token_weights": "data sets carry no column token_weights",
-    "base_logprobs": "data sets carry no column base_logprobs",
-    "history_logprobs": "data sets carry no column history_logprobs",
-    "prompt_attention": "data sets carry no column prompt_attention",
     "previous_losses": "the run keeps no column previous_loss of its samples",
-    "row_rewards": "the demonstrations of this algorithm carry no column reward into training",
-    "behaviour_logprobs": "data sets carry no column old_logprobs of the policy that wrote the rows",
 }
 """Needs that only golden cases can meet, with the reason; a recipe that has one is refused."""
 

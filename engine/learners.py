@@ -176,6 +176,8 @@ class LearnerGroup:
         wanted = needs & {"old_logprobs", "old_entropy", "ref_logprobs"}
         if single and "old_entropy" not in wanted:
             wanted -= {"old_logprobs"}
+        if batch.ref_logprobs is not None and not batch.ref_logprobs[batch.trained].isnan().any():
+            wanted -= {"ref_logprobs"}
         if not wanted or batch.num_rows == 0:
             return batch
         parts = self._parts(batch)
@@ -191,6 +193,10 @@ class LearnerGroup:
                 for name, values in column.items():
                     target = columns.setdefault(name, torch.zeros(batch.num_tokens))
                     target[torch.cat(spans)] = values
+        stored = batch.ref_logprobs
+        if stored is not None and "ref_logprobs" in columns:
+            # What the data stores of a token is the word of whoever wrote the data.
+            columns["ref_logprobs"] = columns["ref_logprobs"].where(stored.isnan(), stored)
         return replace(batch, **{k: v.to(batch.advantages.dtype) for k, v in columns.items()})
 
     def update(

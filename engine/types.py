@@ -28,6 +28,17 @@ TokenIds = tuple[int, ...]
 FinishReason = Literal["stop", "length", "abort"]
 
 
+TOKEN_COLUMNS = (
+    "token_weights",
+    "base_logprobs",
+    "ref_logprobs",
+    "history_logprobs",
+    "behaviour_logprobs",
+    "prompt_attention",
+)
+"""Numbers that a data set may store for each token of a demonstration; see docs/expert-losses.md."""
+
+
 class Source(IntEnum):
     """Who wrote a token."""
 
@@ -50,10 +61,10 @@ class Demonstration:
     token_ids: TokenIds
     text: str
     origin: str = ""
-    logprobs: tuple[float, ...] | None = None
-    """The teacher's own log-probs, one a token; None where they are unknown."""
+    columns: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """What the data says of each token, one number for each of `token_ids`: names are those of TOKEN_COLUMNS."""
     score: Score | None = None
-    """Verdict of the run's verifier on `text`; None where it was not graded."""
+    """Verdict of the run's verifier on `text`, or the score stored with the data; None where it has neither."""
     piece_lengths: tuple[int, ...] = ()
     """Tokens of each piece (line or sentence) of `text`, in order, without the end token: what a hint is cut from.
     The last piece is taken to hold the final answer."""
@@ -191,6 +202,10 @@ class Sample:
     group_id: str
     reward: float | None = None
     policy_version: int | None = None
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Fields of TrainBatch that the data stores: one number a token, NaN outside the demonstration."""
+    sample_id: str = ""
+    """Identity over the whole run, for what an expert loss remembers; empty: the row has none."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -278,19 +293,25 @@ class TrainBatch:
     rewards: Tensor  # float [N], NaN where the row was never scored
     group_ids: Tensor  # i64 [N], equal for rows of one prompt
     denom: Denominators
+    group_names: tuple[str, ...] = ()
+    """[N] prompt_id of each row."""
+    sample_ids: tuple[str, ...] = ()
+    """[N] identity of each row over the whole run; empty text where it has none."""
     # Present only where the loss declares that it needs them, all float [T]:
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     old_entropy: Tensor | None = None
     values: Tensor | None = None
     returns: Tensor | None = None
-    # Columns of demonstration data that some expert losses need (docs/expert-losses.md):
+    # Columns of demonstration data that some expert losses need (docs/expert-losses.md), NaN elsewhere:
     base_logprobs: Tensor | None = None
     history_logprobs: Tensor | None = None
+    behaviour_logprobs: Tensor | None = None
+    """Of the policy that wrote the demonstration."""
     prompt_attention: Tensor | None = None
+    # Set by an algorithm's `prepare`, over the whole minibatch:
     previous_losses: Tensor | None = None
     """float [N]: the row's mean loss at its last visit, NaN on the first."""
-    # Set by an algorithm's `prepare`, over the whole minibatch:
     expert_kept: Tensor | None = None
     """bool [T]: supervised tokens that the expert loss keeps."""
     stats: Mapping[str, float] | None = None

@@ -190,6 +190,8 @@ def run_loss(case: Case) -> dict[str, Any]:
     batch = collate(samples, torch.float64)
     present = [n for n in COLUMNS if has(rows, n) or n in algorithm.needs[update]]
     batch = replace(batch, **{name: column(rows, name) for name in present})
+    if "behaviour_logprobs" in algorithm.needs[update]:
+        batch = replace(batch, behaviour_logprobs=column(rows, "old_logprobs"))
     if "old_entropy" in algorithm.needs[update]:
         batch = replace(batch, old_entropy=recorded_entropy(rows, batch))
     batch = algorithm.finish(batch)

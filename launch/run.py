@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from ..algorithms import AlgorithmBase
-from ..engine.errors import ConfigError, DataError
+from ..engine.errors import ConfigError
 from ..engine.types import RolloutRequest, Sampling
 from ..rewards import resolve as resolve_reward
 from ..rollouts.config import RolloutConfig
 from ..rollouts.readers import read_records
-from ..rollouts.records import Record, Records
+from ..rollouts.records import Records
 from .config import Recipe
+from .demonstrations import check_demonstrations
 from .model import check_model, resolve_model
 
 CONFIG_FILE, SUMMARY_FILE = "config.yaml", "summary.json"
@@ -49,25 +50,6 @@ def check_inputs(recipe: Recipe) -> Inputs:
             resolve_reward(name)
     check_demonstrations(algorithm, records.train)
     return Inputs(recipe, algorithm, records)
-
-
-def check_demonstrations(algorithm: AlgorithmBase, records: tuple[Record, ...] | Any) -> None:
-    """Refuse data without the demonstrations that the algorithm trains."""
-    if not any("demonstrations" in needs for needs in algorithm.needs.values()):
-        return
-    without = [record.prompt_id for record in records if not record.demonstrations]
-    name = algorithm.config.type
-    if len(without) == len(records):
-        raise DataError(
-            f"algorithm.type = {name!r} trains demonstrations, but none of the {len(records)} data rows has one; "
-            "fill the demonstration column (data.columns.demonstration, or data.demonstrations), "
-            "or choose an algorithm without them, for example grpo"
-        )
-    if algorithm.every_prompt_demonstrated and without:
-        raise DataError(
-            f"algorithm.type = {name!r} trains the demonstration of every prompt, but {len(without)} of {len(records)} "
-            f"data rows have none, for example {', '.join(map(repr, without[:3]))}; remove those rows"
-        )
 
 
 def prepare_folder(recipe: Recipe, *, overwrite: bool) -> Path:

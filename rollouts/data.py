@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import numpy as np
 
 from ..engine.errors import DataError
-from ..engine.types import Demonstration, Prompt
+from ..engine.types import Demonstration, Prompt, Score
 from .chat import ChatFormat, ControlTokenError, PromptTooLongError
 from .config import DataConfig
 from .order import ShuffledStream
@@ -71,11 +71,33 @@ class DataReport:
 
 
 @dataclass(frozen=True, slots=True)
+class _Response:
+    """One demonstration, encoded."""
+
+    text: str
+    ids: np.ndarray
+    pieces: np.ndarray
+    """Tokens of each piece."""
+    columns: Mapping[str, np.ndarray]
+    """Numbers of its tokens, by name."""
+    score: Score | None
+
+    def to_demonstration(self, origin: str) -> Demonstration:
+        return Demonstration(
+            token_ids=tuple(self.ids.tolist()),
+            text=self.text,
+            origin=origin,
+            columns={name: tuple(values.tolist()) for name, values in self.columns.items()},
+            score=self.score,
+            piece_lengths=tuple(self.pieces.tolist()),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class _Encoded:
     record: Record
     prompt: np.ndarray
-    demonstrations: tuple[tuple[str, np.ndarray, np.ndarray], ...]
-    """Text, token ids, tokens of each piece."""
+    demonstrations: tuple[_Response, ...]
 
     def to_prompt(self) -> Prompt:
         record = self.record
@@ -85,15 +107,7 @@ class _Encoded:
             token_ids=tuple(self.prompt.tolist()),
             answer=record.answer,
             reward=record.reward,
-            demonstrations=tuple(
-                Demonstration(
-                    token_ids=tuple(ids.tolist()),
-                    text=text,
-                    origin=record.origin,
-                    piece_lengths=tuple(pieces.tolist()),
-                )
-                for text, ids, pieces in self.demonstrations
-            ),
+            demonstrations=tuple(d.to_demonstration(record.origin) for d in self.demonstrations),
             metadata=record.metadata,
         )
 
@@ -105,6 +119,7 @@ class _Ledger:
     dropped: Counter[str] = field(default_factory=Counter)
     first: dict[str, list[str]] = field(default_factory=dict)
     refused_demonstrations: int = 0
+    wrong_columns: list[str] = field(default_factory=list)
 
     def drop(self, reason: str, prompt_id: str, detail: object = "") -> None:
         self.dropped[reason] += 1
@@ -234,6 +249,7 @@ def load_data(
         ledger.drop(COPY, prompt_id)
     train = list(_encode(records.train, chat, max_prompt_length, max_response_length, ledger))
     held_out = list(_encode(records.held_out, chat, max_prompt_length, max_response_length, ledger))
+    _refuse_wrong_columns(ledger)
     report = DataReport(
         rows=len(records.train) + len(records.held_out) + len(records.copies),
         kept=len(train),
@@ -242,7 +258,9 @@ def load_data(
         dropped=dict(ledger.dropped),
         first_dropped=ledger.first,
         long_demonstrations=sum(
-            len(ids) > max_response_length for row in train for _, ids, _ in row.demonstrations
+            len(response.ids) > max_response_length
+            for row in train
+            for response in row.demonstrations
         ),
         refused_demonstrations=ledger.refused_demonstrations,
     )
@@ -268,15 +286,64 @@ def _encode(
             ledger.drop(REFUSED, record.prompt_id, error)
         else:
             responses = []
-            for text in record.demonstrations:
+            for i, text in enumerate(record.demonstrations):
+                # Numbers for every token: then the text is encoded whole, however long it is.
+                limit = None if record.columns else max_response
                 try:
-                    ids = chat.encode_response(prompt, text, max_length=max_response)
+                    ids = chat.encode_response(prompt, text, max_length=limit)
                 except ControlTokenError:
                     ledger.refused_demonstrations += 1
                 else:
                     lengths = pieces.lengths(ids[:-1])  # without the end token
-                    responses.append((text, np.array(ids, np.int32), np.array(lengths, np.int32)))
+                    responses.append(
+                        _Response(
+                            text,
+                            np.array(ids, np.int32),
+                            np.array(lengths, np.int32),
+                            _columns(record, i, len(ids), ledger),
+                            _score(record, i),
+                        )
+                    )
             yield _Encoded(record, np.array(prompt, np.int32), tuple(responses))
+
+
+def _columns(record: Record, i: int, num_tokens: int, ledger: _Ledger) -> dict[str, np.ndarray]:
+    """Numbers of the tokens of demonstration i; a wrong count is put down in the ledger."""
+    found = {}
+    for name, lists in record.columns.items():
+        values = lists[i]
+        if values is None:
+            continue
+        if len(values) != num_tokens:
+            ledger.wrong_columns.append(
+                f"  {record.prompt_id}: {name} of demonstration {i} has {len(values)} numbers, "
+                f"the demonstration {num_tokens} tokens"
+            )
+        found[name] = np.array(values, np.float32)
+    return found
+
+
+def _score(record: Record, i: int) -> Score | None:
+    score = record.scores[i] if record.scores else None
+    return None if score is None else Score.ok(score)
+
+
+def _refuse_wrong_columns(ledger: _Ledger) -> None:
+    """A column that was made with other tokens says nothing about ours."""
+    wrong = ledger.wrong_columns
+    if wrong:
+        more = [f"  ... and {len(wrong) - IDS_SHOWN} more"] if len(wrong) > IDS_SHOWN else []
+        raise DataError(
+            "\n".join(
+                [
+                    "columns of demonstrations need one number a token, the end token included:",
+                    *wrong[:IDS_SHOWN],
+                    *more,
+                    "compute them on the ids of plait.rollouts.chat.ChatFormat(tokenizer).encode_response(prompt_ids, "
+                    "text) with this model's tokenizer (docs/expert-losses.md)",
+                ]
+            )
+        )
 
 
 def _is_position(value: object) -> TypeGuard[int]:
@@ -294,6 +361,8 @@ def _digest(records: Sequence[Record]) -> str:
             record.demonstrations,
             record.reward,
             record.metadata,
+            record.scores,
+            record.columns,
         ]
         digest.update(json.dumps(fields).encode() + b"\n")
     return f"{len(records)} rows, sha256 {digest.hexdigest()}"

@@ -12,9 +12,11 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 from ..engine.errors import ConfigError, DataError, Problem
+from ..engine.types import TOKEN_COLUMNS
 from .config import Columns, DataSection, HuggingFaceData, JsonlData
 from .order import Permutation, derive_key
 
@@ -39,6 +41,10 @@ class Record:
     reward: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     origin: str = ""
+    scores: tuple[float | None, ...] = ()
+    """One for each demonstration, or none at all."""
+    columns: Mapping[str, tuple[tuple[float, ...] | None, ...]] = field(default_factory=dict)
+    """By name, the numbers of each demonstration's tokens; None for a demonstration without them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +108,16 @@ class RowParser:
             )
         if reply is not None:
             texts = (reply,)
+        scores = _scores(
+            row.get(columns.demonstration_score), columns.demonstration_score, len(texts)
+        )
         record = Record(
             prompt_id=self._new_id(row.get(columns.id), number, where),
             messages=with_system_prompt(messages, self._config),
             answer=answer,
             demonstrations=tuple(write_demonstration(t, answer, self._config) for t in texts),
+            scores=scores,
+            columns=self._token_columns(row, len(texts)),
             reward=_optional_text(row.get(columns.reward), columns.reward),
             metadata=_metadata(row.get(columns.metadata), columns.metadata),
             origin=self._source,
@@ -143,6 +154,17 @@ class RowParser:
             raise RowError(f"no column {columns.prompt!r} or {columns.messages!r}")
         text = _text(row[columns.prompt], columns.prompt)
         return wrap_prompt(({"role": "user", "content": text},), self._config), None
+
+    def _token_columns(
+        self, row: Mapping[str, Any], num: int
+    ) -> Mapping[str, tuple[tuple[float, ...] | None, ...]]:
+        """Numbers for each token of `num` demonstrations; how many each must have is known after tokenizing."""
+        found = {}
+        for name in TOKEN_COLUMNS:
+            column = getattr(self._columns, name)
+            if row.get(column) is not None:
+                found[name] = _number_lists(row[column], column, num)
+        return found
 
     def _new_id(self, value: object, number: int, where: str) -> str:
         if isinstance(value, bool) or not isinstance(value, str | int | None):
@@ -281,6 +303,40 @@ def _answer(value: object, column: str) -> str | None:
 def _texts(value: object, column: str) -> tuple[str, ...]:
     values = value if isinstance(value, list) else [] if value is None else [value]
     return tuple(_text(item, column) for item in values)
+
+
+def _scores(value: object, column: str, num: int) -> tuple[float | None, ...]:
+    if value is None:
+        return ()
+    values = value if isinstance(value, list) else [value]
+    if len(values) != num:
+        raise RowError(f"{column!r} has {len(values)} numbers for {num} demonstrations")
+    return tuple(None if item is None else _number(item, column) for item in values)
+
+
+def _number_lists(value: object, column: str, num: int) -> tuple[tuple[float, ...] | None, ...]:
+    """One list of numbers (or None) for each of `num` texts; a flat list belongs to the only text."""
+    if not isinstance(value, list):
+        raise RowError(f"{column!r} must be a list of numbers, not {_kind(value)}")
+    lists = value if any(isinstance(item, list) for item in value) else [value]
+    if len(lists) != num:
+        raise RowError(f"{column!r} has {len(lists)} lists of numbers for {num} demonstrations")
+    for item in lists:
+        if not isinstance(item, list | None):
+            raise RowError(
+                f"{column!r} must hold one list of numbers a demonstration, not {_kind(item)}"
+            )
+    return tuple(
+        None if item is None else tuple(_number(n, column) for n in item) for item in lists
+    )
+
+
+def _number(value: object, column: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RowError(f"{column!r} must hold numbers, not {_kind(value)}")
+    if not isfinite(value):
+        raise RowError(f"{column!r} holds {value}, which is not a finite number")
+    return float(value)
 
 
 def _metadata(value: object, column: str) -> Mapping[str, Any]:

@@ -305,14 +305,7 @@ def test_reward_signed_types_need_expert_rows_that_stand_alone():
     [
         ("asft", "ref_kl"),
         ("eaft", "topk_entropy"),
-        ("token_weight", "token_weights"),
-        ("token_cleaning", "base_logprobs"),
-        ("sstoken", "history_logprobs"),
-        ("sstoken", "prompt_attention"),
-        ("forgetting", "base_logprobs"),
         ("glow", "previous_losses"),
-        ("topr", "behaviour_logprobs"),
-        ("rift", "row_rewards"),
     ],
 )
 def test_recipes_that_cannot_be_fed_are_refused(minimal_sft, loss, column):

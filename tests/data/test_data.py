@@ -50,7 +50,7 @@ def test_prompts_carry_everything(tmp_path: Path, tokenizer: Any) -> None:
     (demonstration,) = prompt.demonstrations
     assert tokenizer.decode(demonstration.token_ids) == "4<|im_end|>"
     assert (demonstration.text, demonstration.origin) == ("4", "rows.jsonl")
-    assert (demonstration.logprobs, demonstration.score) == (None, None)
+    assert (demonstration.columns, demonstration.score) == ({}, None)
 
 
 def test_streams_have_their_own_order_and_position(tmp_path: Path, tokenizer: Any) -> None:
@@ -202,3 +202,33 @@ def test_another_tokenizer_keeps_the_order(tmp_path: Path, tokenizer: Any) -> No
     first = load(config, tokenizer, max_prompt_length=300)
     second = load(config, tokenizer, max_prompt_length=301)
     assert ids(first.take(20)) == ids(second.take(20))
+
+
+def test_columns_travel_with_their_demonstration(tmp_path: Path, tokenizer: Any) -> None:
+    row = {
+        "prompt": "2+2?",
+        "demonstration": ["4", "5<|im_end|>", "4"],
+        "demonstration_score": [1, 0, 0.5],
+    }
+    lists = [[0.5, 1.0], None, [1.0, 0.0]]
+    (prompt,) = load(jsonl(tmp_path, [row | {"token_weights": lists}]), tokenizer).take(1)
+    first, third = prompt.demonstrations  # the second holds a control token
+    assert first.columns == {"token_weights": (0.5, 1.0)}
+    assert third.columns == {"token_weights": (1.0, 0.0)}
+    assert [d.score and d.score.reward for d in prompt.demonstrations] == [1.0, 0.5]
+
+
+def test_a_column_of_another_length_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [
+        {"prompt": f"{i}+2?", "demonstration": "4", "ref_logprobs": [-1.0] * (2 - i)}
+        for i in range(2)
+    ]
+    with pytest.raises(DataError) as caught:
+        load(jsonl(tmp_path, rows), tokenizer)
+    text = str(caught.value)
+    assert (
+        "rows.jsonl/2: ref_logprobs of demonstration 0 has 1 numbers, the demonstration 2 tokens"
+        in text
+    )
+    assert "encode_response" in text
+    assert "rows.jsonl/1" not in text

@@ -28,6 +28,7 @@ def read(folder: Path, *lines: str | bytes | dict[str, Any], **config: Any) -> l
 
 
 GOOD = {"prompt": "2+2?"}
+SHOWN = {**GOOD, "demonstration": "4"}
 
 BAD_ROWS = {
     "broken": ('{"prompt": "2+2?"', "broken JSON: Expecting ',' delimiter (column 18)"),
@@ -47,6 +48,20 @@ BAD_ROWS = {
     "demonstration": ({**GOOD, "demonstration": ["a", 3]}, "'demonstration' must be a text"),
     "empty demonstration": ({**GOOD, "demonstration": ""}, "'demonstration' is empty"),
     "reward": ({**GOOD, "reward": 1.0}, "'reward' must be a text"),
+    "column": ({**SHOWN, "token_weights": "1 1"}, "'token_weights' must be a list of numbers"),
+    "column entry": ({**SHOWN, "base_logprobs": [-1, "x"]}, "'base_logprobs' must hold numbers"),
+    "column null": ({**SHOWN, "base_logprobs": [-1, None]}, "'base_logprobs' must hold numbers"),
+    "infinite column": (
+        '{"prompt": "a", "demonstration": "b", "ref_logprobs": [1e999]}',
+        "holds inf",
+    ),
+    "columns": (
+        {**SHOWN, "base_logprobs": [[-1], [-2]]},
+        "2 lists of numbers for 1 demonstrations",
+    ),
+    "no text": ({**GOOD, "base_logprobs": [-1]}, "1 lists of numbers for 0 demonstrations"),
+    "score": ({**SHOWN, "demonstration_score": [1, 0]}, "2 numbers for 1 demonstrations"),
+    "truth score": ({**SHOWN, "demonstration_score": True}, "must hold numbers"),
     "metadata": ({**GOOD, "metadata": "x"}, "'metadata' must be an object"),
     "id": ({**GOOD, "id": 1.5}, "'id' must be a text or an integer"),
     "empty id": ({**GOOD, "id": ""}, "'id' is empty"),
@@ -198,3 +213,16 @@ def test_fast_without_anything_heavy(tmp_path: Path) -> None:
 def test_ten_megabyte_row_is_read(tmp_path: Path) -> None:
     (record,) = read(tmp_path, {"prompt": "word " * 2_000_000})
     assert len(record.messages[0]["content"]) == 10_000_000
+
+
+def test_columns_of_demonstrations(tmp_path):
+    one = {**SHOWN, "token_weights": [1, 0.5], "demonstration_score": 1}
+    two = {"prompt": "1+1?", "demonstration": ["2", "3"], "base_logprobs": [[-1, -2], None]}
+    two["demonstration_score"] = [1.0, None]
+    first, second = read(tmp_path, one, two)
+    assert (first.columns, first.scores) == ({"token_weights": ((1.0, 0.5),)}, (1.0,))
+    assert second.columns == {"base_logprobs": ((-1.0, -2.0), None)}
+    assert second.scores == (1.0, None)
+    named = Columns(history_logprobs="past")
+    (row,) = read(tmp_path, {**SHOWN, "past": [-1, -2]}, columns=named)
+    assert row.columns == {"history_logprobs": ((-1.0, -2.0),)}

@@ -1,11 +1,13 @@
 """Cutting a batch never loses, repeats or reorders a token."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rows import make_rows
+from rows import make_row, make_rows
 
 from plait.engine.batch import (
     blank,
@@ -120,3 +122,22 @@ def test_minibatches_keep_groups_whole_and_deal_experts_out(num, seed):
         assert all(groups.count(group) == 2 for group in groups)
         counted = count(select(batch, part))
         assert abs(counted.policy_rows - counted.expert_rows) <= 2
+
+
+def test_stored_columns_are_laid_out_and_selected():
+    rng = np.random.default_rng(0)
+    rows = [make_row(rng, kind, i) for i, kind in enumerate("pee")]
+    column = np.arange(len(rows[1]), dtype=np.float32)
+    rows[1] = replace(rows[1], columns={"base_logprobs": column}, sample_id="e1#0")
+    batch = collate(rows)
+    assert batch.base_logprobs is not None
+    assert batch.history_logprobs is None
+    own = batch.row_ids == 1
+    assert batch.base_logprobs[own].tolist() == column.tolist()
+    assert bool(batch.base_logprobs[~own].isnan().all())
+    part = select(batch, [2, 1])
+    assert part.sample_ids == ("", "e1#0")
+    assert part.group_names == (rows[2].group_id, rows[1].group_id)
+    assert part.base_logprobs is not None
+    assert part.base_logprobs[part.row_ids == 1].tolist() == column.tolist()
+    assert len(blank(batch).sample_ids) == 1

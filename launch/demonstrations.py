@@ -1,0 +1,69 @@
+"""What an algorithm asks of the data's demonstrations, checked on every row before a worker starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..algorithms import AlgorithmBase
+from ..engine.errors import DataError
+from ..engine.types import TOKEN_COLUMNS
+from ..rollouts.records import Record
+
+IDS_SHOWN = 3
+COMPUTABLE = frozenset({"ref_logprobs"})
+"""Columns that the run computes itself where the data has none."""
+
+
+def check_demonstrations(algorithm: AlgorithmBase, records: Sequence[Record]) -> None:
+    """Refuse data without the demonstrations that the algorithm trains, or without what it reads of them."""
+    needs = frozenset[str]().union(*algorithm.needs.values())
+    if "demonstrations" not in needs:
+        return
+    without = [record.prompt_id for record in records if not record.demonstrations]
+    name = algorithm.config.type
+    if len(without) == len(records):
+        raise DataError(
+            f"algorithm.type = {name!r} trains demonstrations, but none of the {len(records)} data rows has one; "
+            "fill the demonstration column (data.columns.demonstration, or data.demonstrations), "
+            "or choose an algorithm without them, for example grpo"
+        )
+    if algorithm.every_prompt_demonstrated and without:
+        raise DataError(
+            f"algorithm.type = {name!r} trains the demonstration of every prompt, but {len(without)} of {len(records)} "
+            f"data rows have none, for example {', '.join(map(repr, without[:IDS_SHOWN]))}; remove those rows"
+        )
+    check_columns(algorithm, needs, [record for record in records if record.demonstrations])
+
+
+def check_columns(
+    algorithm: AlgorithmBase, needs: frozenset[str], records: Sequence[Record]
+) -> None:
+    """Raises DataError naming every column that the expert loss needs and some demonstration lacks."""
+    problems = []
+    for column in (*TOKEN_COLUMNS, "demonstration_score"):
+        need = "row_rewards" if column == "demonstration_score" else column
+        lacking = [record.prompt_id for record in records if not has_column(record, column)]
+        if need in needs - COMPUTABLE and lacking:
+            problems.append(
+                f"  {column}: {len(lacking)} of {len(records)} rows with a demonstration lack it, for example "
+                f"{', '.join(map(repr, lacking[:IDS_SHOWN]))}"
+            )
+    if problems:
+        kind = algorithm.config.expert_loss.type
+        raise DataError(
+            "\n".join(
+                [
+                    f"algorithm.expert_loss.type = {kind!r} reads columns that the data lacks:",
+                    *problems,
+                    "give each row the column (data.columns names it; only data.type jsonl and huggingface have "
+                    "columns), or choose an expert loss that needs none: docs/expert-losses.md",
+                ]
+            )
+        )
+
+
+def has_column(record: Record, column: str) -> bool:
+    """Whether every demonstration of the row has it."""
+    num = len(record.demonstrations)
+    found = record.scores if column == "demonstration_score" else record.columns.get(column, ())
+    return len(found) == num and None not in found
