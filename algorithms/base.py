@@ -305,6 +305,9 @@ class AlgorithmBase(ABC):
     def __init__(self, config: Any, setup: Setup) -> None:
         self.config = config
         self.setup = setup
+        self.expert_loss: ExpertLossBase | None = getattr(config, "expert_loss", None)
+        self.expert_memory: dict[str, float] = {}
+        """What the expert loss remembers of rows or prompts it has trained (`ExpertLossBase.recall`)."""
 
     @property
     @abstractmethod
@@ -336,8 +339,8 @@ class AlgorithmBase(ABC):
         return ()
 
     def coefs(self, step: int) -> dict[str, float]:
-        """Scheduled coefficients at this many completed steps."""
-        return {}
+        """Scheduled coefficients at this many completed steps: the expert loss's; add the algorithm's own to them."""
+        return {} if self.expert_loss is None else self.expert_loss.coefs(step)
 
     def credit(self, samples: Sequence[Sample]) -> list[Sample]:
         """Advantages and weights of one update's rows."""
@@ -348,8 +351,7 @@ class AlgorithmBase(ABC):
 
     def demonstration_rows(self, prompts: Sequence[Prompt]) -> list[Sample]:
         """Demonstrations as rows: the first of each prompt, or all, where the expert loss reads their scores."""
-        loss = getattr(self.config, "expert_loss", None)
-        scored = loss is not None and "row_rewards" in loss.needs
+        scored = self.expert_loss is not None and "row_rewards" in self.expert_loss.needs
         return expert_rows(prompts, self.config.max_response_length, scored=scored)
 
     def assemble(
@@ -364,9 +366,14 @@ class AlgorithmBase(ABC):
     def prepare(
         self, batch: TrainBatch, logprobs: Tensor | None, coefs: Mapping[str, float]
     ) -> TrainBatch:
-        """What the expert loss counts over the whole minibatch."""
-        expert_loss = getattr(self.config, "expert_loss", None)
-        return batch if expert_loss is None else expert_loss.prepare(batch, logprobs, coefs)
+        """What the expert loss counts over the whole minibatch, and what it remembers of its rows."""
+        loss = self.expert_loss
+        if loss is None or ("minibatch_stats" in loss.needs and logprobs is None):
+            return batch  # this update's loss has no expert component
+        return loss.recall(loss.prepare(batch, logprobs, coefs), logprobs, self.expert_memory)
+
+    def remember(self, batch: TrainBatch) -> None:
+        self.expert_memory |= batch.visits or {}
 
     def observe(self, report: UpdateReport) -> None:  # noqa: B027 (most methods keep no feedback state)
         """Nothing to learn from the report."""
@@ -375,25 +382,33 @@ class AlgorithmBase(ABC):
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {}
+        """What the expert loss remembers. A subclass adds its own state to it."""
+        remembers = self.expert_loss is not None and self.expert_loss.remembers
+        return {"expert_memory": dict(self.expert_memory)} if remembers else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state:
+        """A subclass reads its own state, then calls this."""
+        unknown = state.keys() - self.state_dict().keys()
+        if unknown:
             raise ConfigError.at(
                 "algorithm.type",
                 self.config.type,
-                f"the checkpoint holds state ({', '.join(state)}) that this algorithm does not have",
+                f"the checkpoint holds state ({', '.join(sorted(unknown))}) that this algorithm does not have",
             )
+        self.expert_memory = dict(state.get("expert_memory", {}))
 
 
-def surrogate_needs(config: RolloutFields) -> frozenset[Need]:
+def surrogate_needs(config: RolloutFields, *, expert: bool = True) -> frozenset[Need]:
     """What a policy surrogate with entropy and KL terms consumes."""
-    return regularizer_needs(config) | frozenset[Need]({"old_logprobs"})
+    return regularizer_needs(config, expert=expert) | frozenset[Need]({"old_logprobs"})
 
 
-def regularizer_needs(config: RolloutFields) -> frozenset[Need]:
-    """What entropy and KL terms consume, and the expert loss where the config has one."""
-    expert_loss = getattr(config, "expert_loss", None)
+def regularizer_needs(config: RolloutFields, *, expert: bool = True) -> frozenset[Need]:
+    """What entropy and KL terms consume, and the expert loss where the config has one.
+
+    `expert` False: the update has no expert component.
+    """
+    expert_loss = getattr(config, "expert_loss", None) if expert else None
     needs = set[Need]() if expert_loss is None else set[Need](expert_loss.needs)
     if config.entropy_coef > 0:
         needs.add("entropy")

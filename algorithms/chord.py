@@ -65,13 +65,12 @@ class Chord(AlgorithmBase):
 
     @property
     def needs(self) -> Mapping[str, frozenset[Need]]:
-        needs = surrogate_needs(self.config) | self.config.expert_loss.needs
-        return {"main": needs | {"demonstrations"}}
+        return {"main": surrogate_needs(self.config) | {"demonstrations"}}
 
     def coefs(self, step: int) -> dict[str, float]:
         c = self.config
         mu = warmup_cosine(step, c.mu_peak, c.mu_valley, c.mu_warmup_steps, c.mu_decay_steps)
-        return {"mu": mu, **c.expert_loss.coefs(step)}
+        return {"mu": mu, **super().coefs(step)}
 
     def expert_rows(self, step: int) -> int:
         return self.config.expert_rows_per_step

@@ -4,6 +4,11 @@ Two phases. `prepare` sees the whole minibatch once, before any micro-batch: it 
 (`TrainBatch.expert_kept`) and counts or temperatures (`TrainBatch.stats`). Then the type itself is called on each
 micro-batch. A type whose `prepare` looks at the current log-probs declares the need `minibatch_stats`; the learner
 then runs a no-grad pass over the minibatch first.
+
+A type may also remember: a number for each row or prompt that it has trained, in the checkpoint with the rest of the
+algorithm's state (`AlgorithmBase.expert_memory`). `recall` runs after `prepare`, reads the memory by
+`batch.sample_ids` (a demonstration) or `batch.group_names` (a prompt) and leaves columns for the loss and, in
+`batch.visits`, what the memory takes over once the minibatch has been trained.
 """
 
 from __future__ import annotations
@@ -124,6 +129,8 @@ class ExpertLossBase(Section):
     """True: only for hosts whose expert rows stand alone."""
     scales_with_weights: ClassVar[bool] = True
     """False: token weights only decide membership."""
+    remembers: ClassVar[bool] = False
+    """True: `recall` leaves visits, which belong into the checkpoint."""
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -143,6 +150,12 @@ class ExpertLossBase(Section):
         self, batch: TrainBatch, logprobs: Tensor | None, coefs: Mapping[str, float]
     ) -> TrainBatch:
         """Record statistics of the whole minibatch; `logprobs` are current where `minibatch_stats` is a need."""
+        return batch
+
+    def recall(
+        self, batch: TrainBatch, logprobs: Tensor | None, memory: Mapping[str, float]
+    ) -> TrainBatch:
+        """Columns from what earlier minibatches left in `memory`; all of them are read before `visits` is kept."""
         return batch
 
     def evaluate(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from math import nan
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from ..engine.contracts import Need
+from ..engine.errors import DataError
 from ..engine.types import TrainBatch
-from .expert_base import ExpertLossBase, Supervised, TokenLoss, stored
+from .expert_base import ExpertLossBase, Supervised, TokenLoss, stored, supervised
 from .losses import MAX_LOG_RATIO, sum_rows
 
 if TYPE_CHECKING:
@@ -25,9 +28,33 @@ class Glow(ExpertLossBase):
     weight_min: float = Field(default=0.5, ge=0)
     weight_max: float = Field(default=5.0, gt=0)
 
+    remembers: ClassVar[bool] = True
+
     @property
     def needs(self) -> frozenset[Need]:
-        return frozenset({"previous_losses"})
+        return frozenset({"minibatch_stats"})
+
+    def recall(
+        self, batch: TrainBatch, logprobs: Tensor | None, memory: Mapping[str, float]
+    ) -> TrainBatch:
+        """The row's mean loss at its last visit, by `sample_ids`; the present one is what it leaves."""
+        assert logprobs is not None
+        mask = supervised(batch)
+        counts = sum_rows(mask.to(logprobs.dtype), batch)
+        losses = sum_rows(-logprobs.where(mask, 0.0), batch) / counts.clamp(min=1)
+        seen = [i for i, count in enumerate(counts.tolist()) if count]
+        nameless = [batch.group_names[i] for i in seen if not batch.sample_ids[i]]
+        if nameless:
+            raise DataError(
+                f"glow remembers rows, but an expert row of prompt {nameless[0]!r} has no Sample.sample_id"
+            )
+        last = [memory.get(sample_id, nan) for sample_id in batch.sample_ids]
+        values = losses.tolist()
+        return replace(
+            batch,
+            previous_losses=losses.new_tensor(last),
+            visits={batch.sample_ids[i]: values[i] for i in seen},
+        )
 
     def weights(self, losses: Tensor, previous: Tensor) -> Tensor:
         """[N] mean losses now and at the last visit (NaN: never visited) -> [N] weights."""

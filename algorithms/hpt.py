@@ -98,9 +98,6 @@ class Hpt(AlgorithmBase):
     def needs(self) -> Mapping[str, frozenset[Need]]:
         return {"main": surrogate_needs(self.config) | {"demonstrations"}}
 
-    def coefs(self, step: int) -> dict[str, float]:
-        return self.config.expert_loss.coefs(step)
-
     def assemble(
         self, plan: StepPlan, groups: Sequence[RolloutGroup], step: int
     ) -> Sequence[Update]:

@@ -102,10 +102,7 @@ class Relift(AlgorithmBase):
         if self.config.expert_entropy_coef > 0:
             sft.add("entropy")
         sft |= self.config.expert_loss.needs
-        return {"main": surrogate_needs(self.config), "sft": frozenset(sft)}
-
-    def coefs(self, step: int) -> dict[str, float]:
-        return self.config.expert_loss.coefs(step)
+        return {"main": surrogate_needs(self.config, expert=False), "sft": frozenset(sft)}
 
     def assemble(
         self, plan: StepPlan, groups: Sequence[RolloutGroup], step: int
@@ -157,6 +154,7 @@ class Relift(AlgorithmBase):
         return {
             "buffer": [prompt.prompt_id for prompt in self.buffer],
             "sft_phases": self.sft_phases,
+            **super().state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -167,3 +165,4 @@ class Relift(AlgorithmBase):
         find = self.setup.find_prompt
         self.buffer = [find(prompt_id) for prompt_id in state["buffer"]] if find else []
         self.sft_phases = state["sft_phases"]
+        super().load_state_dict(state)

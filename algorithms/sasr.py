@@ -83,10 +83,7 @@ class Sasr(AlgorithmBase):
     @property
     def needs(self) -> Mapping[str, frozenset[Need]]:
         sft = self.config.expert_loss.needs | {"demonstrations"}
-        return {"main": surrogate_needs(self.config), "sft": sft}
-
-    def coefs(self, step: int) -> dict[str, float]:
-        return self.config.expert_loss.coefs(step)
+        return {"main": surrogate_needs(self.config, expert=False), "sft": sft}
 
     def plan(self, prompts: Sequence[Prompt], experts: Sequence[Prompt], step: int) -> StepPlan:
         if self.choose(step, partial(self.draw, step)) == "sft":
@@ -146,8 +143,10 @@ class Sasr(AlgorithmBase):
             "last_norm": self.last_norm,
             "num_sft": self.num_sft,
             "num_rl": self.num_rl,
+            **super().state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.warmup_norm, self.last_norm = state["warmup_norm"], state["last_norm"]
         self.num_sft, self.num_rl = state["num_sft"], state["num_rl"]
+        super().load_state_dict(state)

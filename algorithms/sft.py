@@ -59,9 +59,6 @@ class Sft(AlgorithmBase):
             needs.add("entropy")
         return {"main": frozenset(needs) | self.config.expert_loss.needs}
 
-    def coefs(self, step: int) -> dict[str, float]:
-        return self.config.expert_loss.coefs(step)
-
     def plan(self, prompts: Sequence[Prompt], experts: Sequence[Prompt], step: int) -> StepPlan:
         return StepPlan(experts=tuple(prompts))
 

@@ -215,6 +215,9 @@ class Stages(AlgorithmBase):
     ) -> TrainBatch:
         return self.current.prepare(batch, logprobs, coefs)
 
+    def remember(self, batch: TrainBatch) -> None:
+        self.current.remember(batch)
+
     def observe(self, report: UpdateReport) -> None:
         own_name = report.loss_name.removeprefix(self.named(""))
         self.current.observe(replace(report, loss_name=own_name))

@@ -87,9 +87,6 @@ class SuperRl(AlgorithmBase):
     def needs(self) -> Mapping[str, frozenset[Need]]:
         return {"main": surrogate_needs(self.config) | {"demonstrations"}}
 
-    def coefs(self, step: int) -> dict[str, float]:
-        return self.config.expert_loss.coefs(step)
-
     def update(self, samples: Sequence[Sample], coefs: Mapping[str, float]) -> Update:
         """The share follows from the update's own rows."""
         return super().update(samples, {**coefs, "expert_share": expert_share(samples)})

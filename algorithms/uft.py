@@ -119,8 +119,7 @@ class Uft(AlgorithmBase):
         return {"main": surrogate_needs(self.config) | {"demonstrations"}}
 
     def coefs(self, step: int) -> dict[str, float]:
-        expert = self.config.expert_loss.coefs(step)
-        return {"hint_probability": hint_probability(step, self.config), **expert}
+        return {"hint_probability": hint_probability(step, self.config), **super().coefs(step)}
 
     def plan(self, prompts: Sequence[Prompt], experts: Sequence[Prompt], step: int) -> StepPlan:
         self._shares = []

@@ -37,7 +37,6 @@ Need = Literal[
     "minibatch_stats",
     "ref_kl",
     "topk_entropy",
-    "previous_losses",
     "token_weights",
     "base_logprobs",
     "history_logprobs",
@@ -58,7 +57,6 @@ of demonstrations. `ref_logprobs` are the data's where it has them, else the fro
 UNAVAILABLE: Mapping[str, str] = {
     "ref_kl": "the LM head does not put reference logits beside the policy's",
     "topk_entropy": "the LM head does not return the entropy of the largest logits",
-    "previous_losses": "the run keeps no column previous_loss of its samples",
 }
 """Needs that only golden cases can meet, with the reason; a recipe that has one is refused."""
 
@@ -67,6 +65,9 @@ PrepareFn = Callable[["TrainBatch", "Tensor | None", Mapping[str, float]], "Trai
 
 DrawFn = Callable[[int], Sequence["Prompt"]]
 """draw(n): the next n training prompts of the stream, less those that were already in this step."""
+
+RememberFn = Callable[["TrainBatch"], None]
+"""Gets each minibatch as `prepare` left it, once its optimizer step is done."""
 
 RewardFn = Callable[["Prompt", str], "Score | float | None"]
 """(prompt, completion) -> Score, number, or None for UNKNOWN; sync or async."""
@@ -122,7 +123,14 @@ class Algorithm(Protocol):
     def prepare(
         self, batch: TrainBatch, logprobs: Tensor | None, coefs: Mapping[str, float]
     ) -> TrainBatch:
-        """Driver, once for each minibatch just before its optimizer step: statistics over all of it."""
+        """Driver, once for each minibatch just before its optimizer step: statistics over all of it.
+
+        Changes no state: gradients that are only measured pass through here too.
+        """
+        ...
+
+    def remember(self, batch: TrainBatch) -> None:
+        """Driver, once for each minibatch just after its optimizer step: keep what `prepare` found out."""
         ...
 
     def observe(self, report: UpdateReport) -> None:
@@ -238,8 +246,9 @@ class Learners(Protocol):
         *,
         step: int,
         prepare: PrepareFn | None = None,
+        remember: RememberFn | None = None,
     ) -> Sequence[UpdateReport]:
-        """Minibatches x epochs optimizer steps; `prepare` sees each whole minibatch first."""
+        """Minibatches x epochs optimizer steps; `prepare` sees each whole minibatch first, `remember` last."""
         ...
 
     def compare_gradients(

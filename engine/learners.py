@@ -10,7 +10,7 @@ import torch
 
 from .batch import count, partition, seed_of, select, split_minibatches
 from .config import LearnerConfig
-from .contracts import LossFn, Need, PrepareFn
+from .contracts import LossFn, Need, PrepareFn, RememberFn
 from .errors import LearnerError
 from .learner import LearnerWorker, Rank, WeightRoute, free_port, learning_rate
 from .types import (
@@ -206,6 +206,7 @@ class LearnerGroup:
         *,
         step: int,
         prepare: PrepareFn | None = None,
+        remember: RememberFn | None = None,
     ) -> list[UpdateReport]:
         """Minibatches x epochs optimizer steps over an annotated batch; no rows, no step."""
         if batch.denom.tokens == 0:
@@ -223,6 +224,8 @@ class LearnerGroup:
                 if minibatch.denom.tokens:
                     minibatch = self._prepare(minibatch, update.loss, update.coefs, prepare)
                     reports.append(self._step(minibatch, update, rate))
+                    if remember is not None:
+                        remember(minibatch)
         return reports
 
     def compare_gradients(

@@ -139,8 +139,9 @@ def apply_update(parts: Parts, update: Update, step: int) -> list[UpdateReport]:
         parts.learners.refresh_reference()
     single = update.minibatches * update.epochs == 1
     batch = parts.learners.annotate(collate(update.samples), needs, single=single)
-    batch, prepare = parts.algorithm.finish(batch), parts.algorithm.prepare
-    reports = list(parts.learners.update(batch, update, step=step, prepare=prepare))
+    batch = parts.algorithm.finish(batch)
+    hooks = {"prepare": parts.algorithm.prepare, "remember": parts.algorithm.remember}
+    reports = list(parts.learners.update(batch, update, step=step, **hooks))
     for report in reports:
         parts.algorithm.observe(report)
     return reports

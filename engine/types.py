@@ -293,10 +293,8 @@ class TrainBatch:
     rewards: Tensor  # float [N], NaN where the row was never scored
     group_ids: Tensor  # i64 [N], equal for rows of one prompt
     denom: Denominators
-    group_names: tuple[str, ...] = ()
-    """[N] prompt_id of each row."""
-    sample_ids: tuple[str, ...] = ()
-    """[N] identity of each row over the whole run; empty text where it has none."""
+    group_names: tuple[str, ...] = ()  # [N] prompt_id of each row
+    sample_ids: tuple[str, ...] = ()  # [N] Sample.sample_id
     # Present only where the loss declares that it needs them, all float [T]:
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
@@ -312,6 +310,8 @@ class TrainBatch:
     # Set by an algorithm's `prepare`, over the whole minibatch:
     previous_losses: Tensor | None = None
     """float [N]: the row's mean loss at its last visit, NaN on the first."""
+    visits: Mapping[str, float] | None = None
+    """What the expert loss will remember of this minibatch, once it has been trained."""
     expert_kept: Tensor | None = None
     """bool [T]: supervised tokens that the expert loss keeps."""
     stats: Mapping[str, float] | None = None

@@ -27,7 +27,8 @@ from ..engine.types import PolicyOutput, Sample, Sampling, Source, TrainBatch
 from .golden_expert import (
     CaseError,
     check_columns,
-    previous_losses,
+    remembered,
+    sample_id,
     trace_expert_loss,
     with_expert_columns,
 )
@@ -175,6 +176,7 @@ def row_sample(row: Case) -> Sample:
         rollout_logprobs=np.asarray([np.nan, *(row.get("rollout_logprobs") or [np.nan] * n)]),
         group_id=row["group"],
         reward=row.get("reward"),
+        sample_id=sample_id(row),
     )
 
 
@@ -204,7 +206,7 @@ def run_loss(case: Case) -> dict[str, Any]:
     with torch.no_grad():
         everything = policy_output(logits, batch)
     check_columns(rows, algorithm)
-    batch = replace(batch, previous_losses=previous_losses(rows))
+    algorithm.expert_memory = remembered(rows)
     batch = algorithm.prepare(batch, everything.logprobs, coefs)
     for part in case.get("micro_batches") or [list(range(len(rows)))]:
         micro_batch = select(batch, part)

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..algorithms.expert_losses import Eaft, Glow, TokenWeight
-from ..engine.types import PolicyOutput, TrainBatch
+from ..engine.batch import collate
+from ..engine.types import PolicyOutput, Sample, Source, TrainBatch
 
 Case = Mapping[str, Any]
 
@@ -19,12 +21,14 @@ class CaseError(ValueError):
     """The case names something unknown, or an expected key was not produced."""
 
 
-def previous_losses(rows: Sequence[Case]) -> Tensor | None:
-    """[N] mean losses at the last visit, NaN on a first one; None where no row speaks of it."""
-    if not any("previous_loss" in row for row in rows):
-        return None
-    values = [row.get("previous_loss") for row in rows]
-    return torch.tensor([float("nan") if v is None else v for v in values], dtype=torch.float64)
+def remembered(rows: Sequence[Case]) -> dict[str, float]:
+    """What the run would remember of the rows: sample id -> mean loss at the last visit."""
+    visited = [row for row in rows if row.get("previous_loss") is not None]
+    return {sample_id(row): row["previous_loss"] for row in visited}
+
+
+def sample_id(row: Case) -> str:
+    return row.get("sample_id") or row["group"]
 
 
 def check_columns(rows: Sequence[Case], algorithm: Any) -> None:
@@ -96,13 +100,21 @@ def trace_expert_loss(algorithm: Any, entries: Sequence[Case]) -> list[dict[str,
     loss = algorithm.config.expert_loss
     if not isinstance(loss, Glow):
         raise CaseError(f"expert_loss {loss.type} has no trace; known: glow")
-    memory: dict[str, float] = {}
     outputs = []
     for entry in entries:
         rows = entry["rows"]
-        now = torch.tensor([row["loss"] for row in rows], dtype=torch.float64)
-        last = [memory.get(row["sample_id"], float("nan")) for row in rows]
-        weights = loss.weights(now, torch.tensor(last, dtype=torch.float64))
-        outputs.append({"weights": weights.tolist()})
-        memory.update({row["sample_id"]: row["loss"] for row in rows})
+        # One supervised token a row, whose loss is the row's.
+        samples = [one_token_row(row["sample_id"]) for row in rows]
+        losses = torch.tensor([row["loss"] for row in rows], dtype=torch.float64)
+        logprobs = torch.stack([torch.zeros_like(losses), -losses], 1).flatten()
+        batch = algorithm.prepare(collate(samples, torch.float64), logprobs, {})
+        outputs.append({"weights": loss.weights(losses, batch.previous_losses).tolist()})
+        algorithm.remember(batch)
     return outputs
+
+
+def one_token_row(name: str) -> Sample:
+    zeros = np.zeros(2)
+    source = np.asarray([Source.CONTEXT, Source.EXPERT], dtype=np.int8)
+    ids = np.zeros(2, dtype=np.int32)
+    return Sample(ids, source, zeros, zeros + 1, zeros + np.nan, group_id=name, sample_id=name)

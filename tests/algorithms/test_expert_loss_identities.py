@@ -305,7 +305,6 @@ def test_reward_signed_types_need_expert_rows_that_stand_alone():
     [
         ("asft", "ref_kl"),
         ("eaft", "topk_entropy"),
-        ("glow", "previous_losses"),
     ],
 )
 def test_recipes_that_cannot_be_fed_are_refused(minimal_sft, loss, column):

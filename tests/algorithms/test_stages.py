@@ -68,8 +68,8 @@ def test_each_stage_has_the_config_of_its_algorithm(tmp_path):
             ["(8, 64) must be the run's 64"],
         ),
         (
-            [{"steps": 2, "algorithm": {**SFT, "expert_loss": {"type": "glow"}}}, {"algorithm": GRPO}],
-            ["algorithm.stages.0.algorithm.expert_loss.type = 'glow'"],
+            [{"steps": 2, "algorithm": {**SFT, "expert_loss": {"type": "asft"}}}, {"algorithm": GRPO}],
+            ["algorithm.stages.0.algorithm.expert_loss.type = 'asft'"],
         ),
     ],
 )  # fmt: skip

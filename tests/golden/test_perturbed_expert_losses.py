@@ -8,6 +8,8 @@ import torch
 
 from plait.algorithms import ALGORITHMS, expert_base, expert_losses, expert_rows, expert_selection
 from plait.algorithms.expert_base import ExpertLossBase, Supervised, TokenLoss
+from plait.algorithms.expert_rows import Glow
+from plait.algorithms.sft import Sft
 from plait.launch import golden_expert
 from plait.launch.golden import check_case
 
@@ -213,3 +215,20 @@ def test_missing_column_fails(name, column, everywhere):
     result = check_case(case)
     assert not result.ok
     assert result.problem
+
+
+def test_memory_written_before_it_is_read_fails(monkeypatch):
+    recall = Glow.recall
+
+    def late(self, batch, logprobs, memory):
+        visits = recall(self, batch, logprobs, memory).visits
+        return recall(self, batch, logprobs, {**memory, **visits})
+
+    monkeypatch.setattr(Glow, "recall", late)
+    assert fails("glow__memory")
+    assert fails("glow_default")
+
+
+def test_forgotten_memory_fails(monkeypatch):
+    monkeypatch.setattr(Sft, "remember", lambda self, batch: None)
+    assert fails("glow__memory")
