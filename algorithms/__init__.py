@@ -9,12 +9,15 @@ from importlib import import_module
 from .. import __version__ as __version__
 from ..engine.errors import ConfigError
 from .base import AlgorithmBase, AlgorithmConfig, Setup
+from .bread import Bread
 from .chord import Chord
+from .ghpo import Ghpo
 from .grpo import Grpo
 from .hpt import Hpt
 from .luffy import Luffy
 from .one_token_rollout import OneTokenRollout
 from .prefix_rft import PrefixRft
+from .regft import Regft
 from .relift import Relift
 from .rift import Rift
 from .sasr import Sasr
@@ -27,12 +30,15 @@ from .uft import Uft
 from .visurf import Visurf
 
 ALGORITHMS: dict[str, type[AlgorithmBase]] = {
+    "bread": Bread,
     "chord": Chord,
+    "ghpo": Ghpo,
     "grpo": Grpo,
     "hpt": Hpt,
     "luffy": Luffy,
     "one_token_rollout": OneTokenRollout,
     "prefix_rft": PrefixRft,
+    "regft": Regft,
     "relift": Relift,
     "rift": Rift,
     "sasr": Sasr,

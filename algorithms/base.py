@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -127,34 +127,37 @@ class Setup:
     seed: int = 0
     find_prompt: Callable[[str], Prompt] | None = None
     """A training prompt by its id, for state that names prompts; known once the data is loaded."""
+    show_hint: Callable[[Prompt, TokenIds], Prompt | None] | None = None
+    """The same prompt (and id) with a hint in its user's turn, None where that does not fit; known with the data."""
 
 
 def make_row(
     prompt: Prompt,
     response: TokenIds,
     *,
-    expert_tokens: int,
+    prefix_len: int,
+    prefix_source: Source = Source.EXPERT,
     rollout_logprobs: Sequence[float] = (),
     reward: float | None = None,
     policy_version: int | None = None,
     demonstration: int | None = None,
 ) -> Sample:
-    """Prompt as CONTEXT, then `expert_tokens` EXPERT tokens, then POLICY tokens with the sampler's log-probs.
+    """Prompt as CONTEXT, `prefix_len` tokens of `prefix_source`, then POLICY tokens with the sampler's log-probs.
 
     `demonstration`: which of the prompt's the EXPERT tokens are the beginning of; the row takes over its columns.
     """
     context, total = len(prompt.token_ids), len(prompt.token_ids) + len(response)
     source = np.full(total, Source.POLICY, dtype=np.int8)
     source[:context] = Source.CONTEXT
-    source[context : context + expert_tokens] = Source.EXPERT
+    source[context : context + prefix_len] = prefix_source
     sampled = np.full(total, np.nan, dtype=np.float32)
     if len(rollout_logprobs):
-        sampled[context + expert_tokens :] = rollout_logprobs
+        sampled[context + prefix_len :] = rollout_logprobs
     weights, columns = np.ones(total, dtype=np.float32), dict[str, np.ndarray]()
     if demonstration is not None:
         for name, values in prompt.demonstrations[demonstration].columns.items():
             column = columns[name] = np.full(total, np.nan, dtype=np.float32)
-            column[context : context + expert_tokens] = values[:expert_tokens]
+            column[context : context + prefix_len] = values[:prefix_len]
         stored = columns.pop("token_weights", weights)
         weights = np.where(np.isnan(stored), weights, stored)
     return Sample(
@@ -171,17 +174,25 @@ def make_row(
     )
 
 
-def rollout_rows(groups: Sequence[RolloutGroup]) -> list[Sample]:
-    """Policy and hybrid rows of all rollouts whose score is known; UNKNOWN ones enter no baseline and no loss."""
+def rollout_rows(
+    groups: Sequence[RolloutGroup], prefix_source: Source = Source.EXPERT
+) -> list[Sample]:
+    """Policy and hybrid rows of all rollouts whose score is known; UNKNOWN ones enter no baseline and no loss.
+
+    Forced prefixes are EXPERT tokens, or CONTEXT where they are only shown.
+    """
     return [
         make_row(
             group.prompt,
             rollout.token_ids,
-            expert_tokens=rollout.prefix_len,
+            prefix_len=rollout.prefix_len,
+            prefix_source=prefix_source,
             rollout_logprobs=rollout.logprobs,
             reward=score.reward,
             policy_version=rollout.policy_version,
-            demonstration=origin_of(group.prompt, rollout.token_ids[: rollout.prefix_len]),
+            demonstration=None
+            if prefix_source == Source.CONTEXT
+            else origin_of(group.prompt, rollout.token_ids[: rollout.prefix_len]),
         )
         for group in groups
         for rollout, score in zip(group.rollouts, group.scores, strict=True)
@@ -208,7 +219,7 @@ def expert_row(prompt: Prompt, demonstration: Demonstration, max_response_length
     return make_row(
         prompt,
         response,
-        expert_tokens=len(response),
+        prefix_len=len(response),
         demonstration=prompt.demonstrations.index(demonstration),
     )
 
@@ -265,6 +276,19 @@ def scored_expert_rows(
     ]
 
 
+def groups_by_prompt(groups: Iterable[RolloutGroup]) -> list[list[RolloutGroup]]:
+    """The groups of each prompt, in the order of their rounds."""
+    found: dict[str, list[RolloutGroup]] = {}
+    for group in groups:
+        found.setdefault(group.prompt.prompt_id, []).append(group)
+    return list(found.values())
+
+
+def all_failed(rewards: Sequence[float | None], threshold: float) -> bool:
+    """Every rollout, of at least one, is known to be wrong."""
+    return bool(rewards) and all(r is not None and r <= threshold for r in rewards)
+
+
 def credit_groups(
     samples: Sequence[Sample],
     config: GroupFields,
@@ -317,9 +341,13 @@ class AlgorithmBase(ABC):
     @abstractmethod
     def needs(self) -> Mapping[str, frozenset[Need]]: ...
 
-    def use_prompts(self, find_prompt: Callable[[str], Prompt]) -> None:
-        """The data is loaded: state that names prompts can be read from now on."""
-        self.setup = replace(self.setup, find_prompt=find_prompt)
+    def use_prompts(
+        self,
+        find_prompt: Callable[[str], Prompt],
+        show_hint: Callable[[Prompt, TokenIds], Prompt | None],
+    ) -> None:
+        """The data is loaded: state that names prompts can be read, and hints be shown, from now on."""
+        self.setup = replace(self.setup, find_prompt=find_prompt, show_hint=show_hint)
 
     def expert_rows(self, step: int) -> int:
         """Rows that this step draws from the expert stream; most methods take none."""

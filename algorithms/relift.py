@@ -34,7 +34,7 @@ from ..engine.types import (
     UpdateReport,
 )
 from .advantages import Estimator
-from .base import AlgorithmBase, ExpertFields, PolicyFields, Setup, surrogate_needs
+from .base import AlgorithmBase, ExpertFields, PolicyFields, Setup, all_failed, surrogate_needs
 from .grpo import grpo_loss
 from .losses import Members, Normalizer, expert_component
 
@@ -56,11 +56,6 @@ class ReliftConfig(PolicyFields, ExpertFields):
     clip_high: float | None = Field(default=None, ge=0)
     normalizer: Normalizer = "constant"
     entropy_coef: float = Field(default=0.001, ge=0)
-
-
-def all_failed(rewards: Sequence[float | None], threshold: float) -> bool:
-    """Every rollout, of at least one, is known to be wrong."""
-    return bool(rewards) and all(r is not None and r <= threshold for r in rewards)
 
 
 def relift_sft_loss(

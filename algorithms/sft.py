@@ -22,17 +22,22 @@ from .expert_losses import ExpertLoss, Nll
 from .losses import Members, Normalizer, entropy_component, expert_component
 
 
-class SftConfig(AlgorithmConfig):
+class SupervisedFields(AlgorithmConfig):
+    """Fields of methods whose rows are all EXPERT rows that stand alone."""
+
     standalone_experts = True
-    type: Literal["sft"] = "sft"
     expert_loss: ExpertLoss = Nll()
     normalizer: Normalizer = "tokens"
     """Of the expert component."""
     entropy_coef: float = Field(default=0.0, ge=0)
 
 
+class SftConfig(SupervisedFields):
+    type: Literal["sft"] = "sft"
+
+
 def sft_loss(
-    out: PolicyOutput, batch: TrainBatch, coefs: Mapping[str, float], *, config: SftConfig
+    out: PolicyOutput, batch: TrainBatch, coefs: Mapping[str, float], *, config: SupervisedFields
 ) -> LossOutput:
     """Expert loss minus an entropy bonus; out.logprobs and out.entropy are [T]."""
     expert, expert_metrics = expert_component(

@@ -34,6 +34,7 @@ from ..engine.types import (
     RolloutGroup,
     RolloutRequest,
     StepPlan,
+    TokenIds,
     TokenSampling,
     Update,
     UpdateReport,
@@ -167,10 +168,14 @@ class Stages(AlgorithmBase):
     def needs(self) -> Mapping[str, frozenset[Need]]:
         return {f"{i}.{name}": n for i, m in enumerate(self.members) for name, n in m.needs.items()}
 
-    def use_prompts(self, find_prompt: Callable[[str], Prompt]) -> None:
-        super().use_prompts(find_prompt)
+    def use_prompts(
+        self,
+        find_prompt: Callable[[str], Prompt],
+        show_hint: Callable[[Prompt, TokenIds], Prompt | None],
+    ) -> None:
+        super().use_prompts(find_prompt, show_hint)
         for member in self.members:
-            member.use_prompts(find_prompt)
+            member.use_prompts(find_prompt, show_hint)
 
     def expert_rows(self, step: int) -> int:
         number, own = self.stage_at(step)

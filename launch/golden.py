@@ -33,6 +33,7 @@ from .golden_expert import (
     with_expert_columns,
 )
 from .golden_prefix import PREFIX_TRACES, recorded_entropy, token_samples
+from .golden_rounds import ROUND_TRACES
 
 SCHEMA = 1
 TOLERANCE = 1e-6
@@ -326,6 +327,7 @@ TRACES: dict[str, Callable[[Any, Case], dict[str, Any]]] = {
     "hpt": trace_hpt,
     "super_rl": trace_super_rl,
     **PREFIX_TRACES,
+    **ROUND_TRACES,
 }
 KINDS: dict[str, Callable[[Case], dict[str, Any]]] = {
     "loss": run_loss,

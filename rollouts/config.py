@@ -61,6 +61,8 @@ class DataSection(Section):
     """Wrapped around each prompt text; `{prompt}` stands for it."""
     demonstration_template: str = "{demonstration}"
     """Wrapped around each demonstration text; `{demonstration}` and `{answer}` stand for the columns."""
+    hint_template: str = "{prompt}\n\nA solution may begin like this:\n\n{hint}"
+    """The user's turn where a method shows a hint: `{prompt}` stands for the turn without it."""
 
 
 class Columns(Section):

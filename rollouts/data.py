@@ -20,6 +20,7 @@ from ..engine.errors import DataError
 from ..engine.types import Demonstration, Prompt, Score
 from .chat import ChatFormat, ControlTokenError, PromptTooLongError
 from .config import DataConfig
+from .hints import HintDisplay
 from .order import ShuffledStream
 from .pieces import Pieces
 from .readers import read_records
@@ -134,6 +135,8 @@ class Data:
     eval_prompts: Sequence[Prompt]
     end_token_id: int
     """The token that ends a demonstration, and should end a sample."""
+    show_hint: HintDisplay
+    """A training prompt with the beginning of a solution in its user's turn."""
 
     def __init__(
         self,
@@ -142,9 +145,11 @@ class Data:
         seed: int,
         report: DataReport,
         end_token_id: int,
+        show_hint: HintDisplay,
     ) -> None:
         self.eval_prompts = eval_prompts
         self.end_token_id = end_token_id
+        self.show_hint = show_hint
         self.report = report
         self._train = train
         self._rows: dict[str, int] = {}
@@ -268,7 +273,8 @@ def load_data(
         kind = "training" if not train else "held-out"
         raise DataError(f"no {kind} prompt is left:\n{report}")
     eval_prompts = tuple(row.to_prompt() for row in held_out)
-    return Data(train, eval_prompts, config.seed, report, chat.end_id)
+    show_hint = HintDisplay(chat, config.hint_template, max_prompt_length)
+    return Data(train, eval_prompts, config.seed, report, chat.end_id, show_hint)
 
 
 def _encode(

@@ -185,6 +185,10 @@ def check_templates(config: DataSection) -> None:
         problems.append(
             Problem("data.prompt_template", config.prompt_template, "must contain {prompt}")
         )
+    if not {"{prompt}", "{hint}"} <= set(re.findall(r"\{\w+\}", config.hint_template)):
+        problems.append(
+            Problem("data.hint_template", config.hint_template, "must contain {prompt} and {hint}")
+        )
     if not re.search(r"\{(demonstration|answer)\}", config.demonstration_template):
         problems.append(
             Problem(

@@ -23,7 +23,11 @@ from plait.rollouts.pool import Pool
 
 STEPS, MAX_RESPONSE = 3, 24
 CONFIGS = {
+    "bread": {"failure_threshold": 1.0, "probe_rollouts": 2},
     "chord": {"expert_rows_per_step": 4},
+    "ghpo": {"failure_threshold": 1.0},
+    "grpo": {"drop_uniform_groups": True, "refill_rounds": 1},
+    "regft": {"pass_rate_threshold": 1.0},
     "relift": {"expert_batch_size": 2},
     "sasr": {"warmup_steps": 1},
     "one_token_rollout": {"samples_per_token": 8},
@@ -64,7 +68,7 @@ def demonstrations(work_folder):
 
 def build(recipe, data):
     algorithm = recipe.build_algorithm()
-    algorithm.use_prompts(data.find)
+    algorithm.use_prompts(data.find, data.show_hint)
     return algorithm
 
 

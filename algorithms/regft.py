@@ -1,0 +1,128 @@
+"""ReGFT: fine-tuning on verified solutions of one's own, hard problems with a hint (arXiv 2603.01223).
+
+Objective: sft's: expert loss over EXPERT tokens - entropy_coef x entropy of EXPERT tokens.
+
+A data stage before RL. Every prompt is rolled out; its pass rate says whether it is hard. A hard one is rolled out
+again with the first tokens of its demonstration shown in the user's turn, so that the policy writes a whole solution of
+its own. Verified solutions, at most `max_kept_per_problem` of a prompt in order, become EXPERT rows under the original
+prompt, without the hint. Other prompts keep verified plain rollouts by the same rule, and so do hard ones to which no
+hint can be shown (no demonstration, or the prompt would exceed `rollouts.max_prompt_length`). A prompt without any
+known score is not known to be hard.
+
+Where the paper leaves this open: `pass_rate_threshold` and `max_kept_per_problem` are ours, `hint_fraction` rests on
+one account. A solution that was cut at the length limit is judged by its reward alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import floor
+from statistics import fmean
+from typing import Literal
+
+from pydantic import Field
+
+from ..engine.contracts import DrawFn
+from ..engine.types import (
+    Prompt,
+    Rollout,
+    RolloutGroup,
+    RolloutRequest,
+    Sample,
+    StepPlan,
+    Update,
+)
+from .base import AlgorithmBase, Setup, groups_by_prompt, make_row
+from .sft import Sft, SupervisedFields
+
+
+class RegftConfig(SupervisedFields):
+    type: Literal["regft"] = "regft"
+    rollouts_per_prompt: int = Field(default=8, ge=1)
+    """Rollouts of each prompt, and again of each hard one with its hint."""
+    pass_rate_threshold: float = Field(default=0.25, ge=0, le=1)
+    """A prompt is hard when a smaller share of its scored rollouts is right."""
+    hint_fraction: float = Field(default=0.8, ge=0, le=1)
+    """Share of the demonstration's tokens that is shown."""
+    max_kept_per_problem: int = Field(default=4, ge=1)
+    success_threshold: float = 1.0
+
+
+def is_hard(pass_rate: float, config: RegftConfig) -> bool:
+    return pass_rate < config.pass_rate_threshold
+
+
+def hint_length(demo_length: int, config: RegftConfig) -> int:
+    """Tokens shown of a demonstration."""
+    return floor(config.hint_fraction * demo_length + 1e-9)
+
+
+def keep_candidates(rewards: Sequence[float | None], config: RegftConfig) -> list[int]:
+    """Places of the first verified candidates; one with an UNKNOWN score is not verified."""
+    right = [i for i, r in enumerate(rewards) if r is not None and r >= config.success_threshold]
+    return right[: config.max_kept_per_problem]
+
+
+class Regft(Sft):
+    Config = RegftConfig
+    every_prompt_demonstrated = False
+
+    def __init__(self, config: RegftConfig, setup: Setup) -> None:
+        super().__init__(config, setup)
+        self._seen: dict[str, float] = {}
+
+    def plan(self, prompts: Sequence[Prompt], experts: Sequence[Prompt], step: int) -> StepPlan:
+        return AlgorithmBase.plan(self, prompts, (), step)
+
+    def follow_up(
+        self, rounds: Sequence[Sequence[RolloutGroup]], step: int, draw: DrawFn
+    ) -> Sequence[RolloutRequest]:
+        """One more round: the hard prompts with their hints."""
+        if len(rounds) > 1:
+            return ()
+        hinted = [self.with_hint(group.prompt) for group in rounds[0] if self.is_hard(group)]
+        return [self.request(prompt) for prompt in hinted if prompt is not None]
+
+    def is_hard(self, group: RolloutGroup) -> bool:
+        threshold, rewards = self.config.success_threshold, group.rewards
+        return bool(rewards) and is_hard(fmean(r >= threshold for r in rewards), self.config)
+
+    def with_hint(self, prompt: Prompt) -> Prompt | None:
+        """The prompt with its hint in the user's turn; None where there is nothing to show, or no room for it."""
+        if self.setup.show_hint is None:
+            raise ValueError("regft shows hints in the prompt, but Setup.show_hint is not set")
+        if not prompt.demonstrations:
+            return None
+        demonstration = prompt.demonstrations[0].token_ids
+        # Never the end token: it would close the user's turn.
+        hint = demonstration[:-1][: hint_length(len(demonstration), self.config)]
+        return self.setup.show_hint(prompt, hint) if hint else None
+
+    def assemble(
+        self, plan: StepPlan, groups: Sequence[RolloutGroup], step: int
+    ) -> Sequence[Update]:
+        """Rows of the kept solutions; no update where none was kept."""
+        by_prompt = groups_by_prompt(groups)
+        kept = [
+            (own[0].prompt, own[-1].rollouts[place])
+            for own in by_prompt
+            for place in keep_candidates([s.reward for s in own[-1].scores], self.config)
+        ]
+        hard = [own for own in by_prompt if self.is_hard(own[0])]
+        self._seen = {
+            "kept_candidates": float(len(kept)),
+            "hard_without_hint": float(sum(len(own) == 1 for own in hard)),
+        }
+        if scored := sum(bool(own[0].rewards) for own in by_prompt):
+            self._seen["hard_share"] = len(hard) / scored
+        rows = [solution_row(prompt, rollout) for prompt, rollout in kept if rollout.token_ids]
+        return [self.update(rows, self.coefs(step))] if rows else []
+
+    def metrics(self) -> Mapping[str, float]:
+        """Of the last step: kept solutions, share of hard prompts among scored ones, hard ones that got no hint."""
+        return self._seen
+
+
+def solution_row(prompt: Prompt, rollout: Rollout) -> Sample:
+    """A solution as an expert row under `prompt`."""
+    return make_row(prompt, rollout.token_ids, prefix_len=len(rollout.token_ids))
