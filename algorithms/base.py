@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -274,19 +274,6 @@ def scored_expert_rows(
         if group.rewards
         for demonstration in demonstrated(group.prompt)[:num]
     ]
-
-
-def groups_by_prompt(groups: Iterable[RolloutGroup]) -> list[list[RolloutGroup]]:
-    """The groups of each prompt, in the order of their rounds."""
-    found: dict[str, list[RolloutGroup]] = {}
-    for group in groups:
-        found.setdefault(group.prompt.prompt_id, []).append(group)
-    return list(found.values())
-
-
-def all_failed(rewards: Sequence[float | None], threshold: float) -> bool:
-    """Every rollout, of at least one, is known to be wrong."""
-    return bool(rewards) and all(r is not None and r <= threshold for r in rewards)
 
 
 def credit_groups(

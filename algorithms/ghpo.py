@@ -27,13 +27,12 @@ from .base import (
     AlgorithmBase,
     PolicyFields,
     Setup,
-    all_failed,
-    groups_by_prompt,
     rollout_rows,
     surrogate_needs,
 )
 from .grpo import grpo_loss
 from .losses import Normalizer
+from .rounds import all_failed, groups_by_prompt
 
 
 class GhpoConfig(PolicyFields):
@@ -66,7 +65,7 @@ class Ghpo(AlgorithmBase):
 
     @property
     def needs(self) -> Mapping[str, frozenset[Need]]:
-        return {"main": surrogate_needs(self.config) | {"demonstrations"}}
+        return {"main": surrogate_needs(self.config) | frozenset[Need]({"demonstrations"})}
 
     def follow_up(
         self, rounds: Sequence[Sequence[RolloutGroup]], step: int, draw: DrawFn

@@ -20,19 +20,20 @@ from math import floor
 from statistics import fmean
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..engine.contracts import DrawFn
 from ..engine.types import (
+    TOKEN_COLUMNS,
     Prompt,
-    Rollout,
     RolloutGroup,
     RolloutRequest,
     Sample,
     StepPlan,
     Update,
 )
-from .base import AlgorithmBase, Setup, groups_by_prompt, make_row
+from .base import AlgorithmBase, Setup, make_row
+from .rounds import groups_by_prompt
 from .sft import Sft, SupervisedFields
 
 
@@ -46,6 +47,17 @@ class RegftConfig(SupervisedFields):
     """Share of the demonstration's tokens that is shown."""
     max_kept_per_problem: int = Field(default=4, ge=1)
     success_threshold: float = 1.0
+
+    @model_validator(mode="after")
+    def _own_solutions_carry_no_columns(self) -> RegftConfig:
+        loss = self.expert_loss
+        stored = sorted(loss.needs & (set(TOKEN_COLUMNS) - {"ref_logprobs"}))
+        if stored or loss.remembers:
+            raise ValueError(
+                f"algorithm.expert_loss.type = {loss.type!r} reads {', '.join(stored) or 'earlier visits'} of its "
+                "rows, which solutions that were just sampled do not have; choose another"
+            )
+        return self
 
 
 def is_hard(pass_rate: float, config: RegftConfig) -> bool:
@@ -103,26 +115,31 @@ class Regft(Sft):
     ) -> Sequence[Update]:
         """Rows of the kept solutions; no update where none was kept."""
         by_prompt = groups_by_prompt(groups)
-        kept = [
-            (own[0].prompt, own[-1].rollouts[place])
-            for own in by_prompt
-            for place in keep_candidates([s.reward for s in own[-1].scores], self.config)
-        ]
+        rows = [row for own in by_prompt for row in self.solution_rows(own[0].prompt, own[-1])]
         hard = [own for own in by_prompt if self.is_hard(own[0])]
         self._seen = {
-            "kept_candidates": float(len(kept)),
+            "kept_candidates": float(len(rows)),
             "hard_without_hint": float(sum(len(own) == 1 for own in hard)),
         }
         if scored := sum(bool(own[0].rewards) for own in by_prompt):
             self._seen["hard_share"] = len(hard) / scored
-        rows = [solution_row(prompt, rollout) for prompt, rollout in kept if rollout.token_ids]
         return [self.update(rows, self.coefs(step))] if rows else []
+
+    def solution_rows(self, prompt: Prompt, group: RolloutGroup) -> list[Sample]:
+        """The kept rollouts of `group` as expert rows under `prompt`, which has no hint."""
+        rewards = [score.reward for score in group.scores]
+        return [
+            make_row(
+                prompt,
+                rollout.token_ids,
+                prefix_len=len(rollout.token_ids),
+                reward=rewards[place],
+                policy_version=rollout.policy_version,
+            )
+            for place in keep_candidates(rewards, self.config)
+            if (rollout := group.rollouts[place]).token_ids
+        ]
 
     def metrics(self) -> Mapping[str, float]:
         """Of the last step: kept solutions, share of hard prompts among scored ones, hard ones that got no hint."""
         return self._seen
-
-
-def solution_row(prompt: Prompt, rollout: Rollout) -> Sample:
-    """A solution as an expert row under `prompt`."""
-    return make_row(prompt, rollout.token_ids, prefix_len=len(rollout.token_ids))

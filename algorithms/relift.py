@@ -34,9 +34,10 @@ from ..engine.types import (
     UpdateReport,
 )
 from .advantages import Estimator
-from .base import AlgorithmBase, ExpertFields, PolicyFields, Setup, all_failed, surrogate_needs
+from .base import AlgorithmBase, ExpertFields, PolicyFields, Setup, surrogate_needs
 from .grpo import grpo_loss
 from .losses import Members, Normalizer, expert_component
+from .rounds import all_failed
 
 
 class ReliftConfig(PolicyFields, ExpertFields):
