@@ -8,6 +8,7 @@ from importlib import import_module
 
 from .. import __version__ as __version__
 from ..engine.errors import ConfigError
+from .amft import Amft
 from .base import AlgorithmBase, AlgorithmConfig, Setup
 from .bread import Bread
 from .chord import Chord
@@ -30,6 +31,7 @@ from .uft import Uft
 from .visurf import Visurf
 
 ALGORITHMS: dict[str, type[AlgorithmBase]] = {
+    "amft": Amft,
     "bread": Bread,
     "chord": Chord,
     "ghpo": Ghpo,

@@ -13,6 +13,8 @@ from pydantic import Field, model_validator
 from ..engine.config import Section
 from ..engine.contracts import DrawFn, LossFn, Need
 from ..engine.errors import ConfigError, DataError
+from ..engine.ledger import ExpertLedger
+from ..engine.probes import GradientComparison
 from ..engine.types import (
     Demonstration,
     Prompt,
@@ -395,6 +397,18 @@ class AlgorithmBase(ABC):
 
     def metrics(self) -> Mapping[str, float]:
         return {}
+
+    def ledger(self, updates: Sequence[Update], step: int) -> ExpertLedger:
+        """The weight of the expert component: the coefficient mu of an update, or the field expert_coef."""
+        mixing = [update.coefs["mu"] for update in updates if "mu" in update.coefs]
+        coef = mixing[0] if mixing else getattr(self.config, "expert_coef", None)
+        return ExpertLedger(expert_coef=coef)
+
+    def probes(self, updates: Sequence[Update], step: int) -> Mapping[str, Update]:
+        return {}
+
+    def observe_gradients(self, comparison: GradientComparison) -> None:  # noqa: B027
+        """Nothing was asked for."""
 
     def state_dict(self) -> dict[str, Any]:
         """What the expert loss remembers. A subclass adds its own state to it."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -28,6 +28,9 @@ from .base import AlgorithmBase, ExpertFields, PolicyFields, surrogate_needs
 from .grpo import regularize
 from .losses import expert_component, policy_component
 from .schedules import warmup_cosine
+
+if TYPE_CHECKING:
+    from .amft import AmftConfig
 
 
 class ChordConfig(PolicyFields, ExpertFields):
@@ -43,7 +46,11 @@ class ChordConfig(PolicyFields, ExpertFields):
 
 
 def chord_loss(
-    out: PolicyOutput, batch: TrainBatch, coefs: Mapping[str, float], *, config: ChordConfig
+    out: PolicyOutput,
+    batch: TrainBatch,
+    coefs: Mapping[str, float],
+    *,
+    config: ChordConfig | AmftConfig,
 ) -> LossOutput:
     """(1 - mu) policy + mu expert + regularizers; coefs: mu. The losses logged are those before mu."""
     mu = coefs["mu"]

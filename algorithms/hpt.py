@@ -15,12 +15,14 @@ the code's balance corresponds to a smaller expert_coef.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
 from pydantic import Field
 
 from ..engine.contracts import LossFn, Need
+from ..engine.ledger import ExpertLedger
 from ..engine.types import (
     LossOutput,
     PolicyOutput,
@@ -89,6 +91,7 @@ class Hpt(AlgorithmBase):
     def __init__(self, config: HptConfig, setup: Setup) -> None:
         super().__init__(config, setup)
         self.sft_share: float | None = None
+        self._solved: dict[str, str] = {}
 
     @property
     def losses(self) -> Mapping[str, LossFn]:
@@ -107,6 +110,9 @@ class Hpt(AlgorithmBase):
             for group in scored
         ]
         self.sft_share = sum(routed) / len(routed) if routed else None
+        self._solved = {
+            g.prompt.prompt_id: "solved" for g, sft in zip(scored, routed, strict=True) if not sft
+        }
         rows: list[Sample] = []
         for group, to_sft in zip(scored, routed, strict=True):
             prompt = group.prompt
@@ -120,3 +126,8 @@ class Hpt(AlgorithmBase):
     def metrics(self) -> Mapping[str, float]:
         """sft_share: prompts of the last step that trained their demonstration, of those with a known score."""
         return {} if self.sft_share is None else {"sft_share": self.sft_share}
+
+    def ledger(self, updates: Sequence[Update], step: int) -> ExpertLedger:
+        """Gate: questions that trained their demonstration, of those with a known score."""
+        known = super().ledger(updates, step)
+        return replace(known, gate_rate=self.sft_share, unused=self._solved)

@@ -27,6 +27,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ..engine.contracts import LossFn, Need
+from ..engine.ledger import ExpertLedger
 from ..engine.types import (
     LossOutput,
     PolicyOutput,
@@ -161,6 +162,7 @@ class PrefixRft(AlgorithmBase):
     def __init__(self, config: PrefixRftConfig, setup: Setup) -> None:
         super().__init__(config, setup)
         self._seen: dict[str, float] = {}
+        self._too_short: dict[str, str] = {}
 
     @property
     def losses(self) -> Mapping[str, LossFn]:
@@ -175,6 +177,12 @@ class PrefixRft(AlgorithmBase):
 
     def plan(self, prompts: Sequence[Prompt], experts: Sequence[Prompt], step: int) -> StepPlan:
         requests = [request for prompt in prompts for request in self.requests(prompt, step)]
+        forced = {r.prompt.prompt_id for r in requests if r.prefix}
+        self._too_short = {
+            p.prompt_id: "too_short"
+            for p in prompts
+            if p.demonstrations and p.prompt_id not in forced
+        }
         return StepPlan(tuple(requests))
 
     def requests(self, prompt: Prompt, step: int) -> list[RolloutRequest]:
@@ -221,6 +229,9 @@ class PrefixRft(AlgorithmBase):
 
     def metrics(self) -> Mapping[str, float]:
         return self._seen
+
+    def ledger(self, updates: Sequence[Update], step: int) -> ExpertLedger:
+        return ExpertLedger(unused=self._too_short)
 
 
 def prefix_metrics(samples: Sequence[Sample]) -> dict[str, float]:

@@ -23,6 +23,7 @@ from pydantic import Field
 
 from ..engine.contracts import LossFn, Need
 from ..engine.errors import CheckpointError
+from ..engine.ledger import ExpertLedger
 from ..engine.types import (
     LossOutput,
     PolicyOutput,
@@ -84,6 +85,8 @@ class Relift(AlgorithmBase):
         self.buffer: list[Prompt] = []
         self.sft_phases = 0
         self._failed_prompts = 0
+        self._unused: dict[str, str] = {}
+        self._failed_share: float | None = None
 
     @property
     def losses(self) -> Mapping[str, LossFn]:
@@ -106,6 +109,8 @@ class Relift(AlgorithmBase):
         updates = [*super().assemble(plan, groups, step)]
         failed = [group.prompt for group in groups if self.has_failed(group)]
         self._failed_prompts = len(failed)
+        self._failed_share = len(failed) / len(groups) if groups else None
+        self._unused = {g.prompt.prompt_id: self.why_unused(g) for g in groups}
         batch = self.take_batch([prompt for prompt in failed if prompt.demonstrations])
         if batch is not None:
             updates.append(self.sft_update(batch, step))
@@ -114,6 +119,13 @@ class Relift(AlgorithmBase):
     def has_failed(self, group: RolloutGroup) -> bool:
         rewards = [score.reward for score in group.scores]
         return all_failed(rewards, self.config.failure_threshold)
+
+    def why_unused(self, group: RolloutGroup) -> str:
+        """Of a prompt that is in no `sft` phase of this step."""
+        if self.has_failed(group):
+            return "buffered"
+        solved = any(reward > self.config.failure_threshold for reward in group.rewards)
+        return "solved" if solved else "unknown_score"
 
     def take_batch(self, failed: Sequence[Prompt]) -> list[Prompt] | None:
         """Put failed prompts in front of the buffer; a full one gives its first `expert_batch_size`."""
@@ -144,6 +156,12 @@ class Relift(AlgorithmBase):
             "failed_prompts": self._failed_prompts,
             "sft_phases": self.sft_phases // self.config.expert_epochs,
         }
+
+    def ledger(self, updates: Sequence[Update], step: int) -> ExpertLedger:
+        """Gate: prompts of the step all of whose rollouts failed."""
+        return ExpertLedger(
+            gate_rate=self._failed_share, buffer_size=len(self.buffer), unused=self._unused
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Prompt ids of the buffer, in order, and optimizer steps of `sft` so far."""

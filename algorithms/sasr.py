@@ -22,6 +22,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ..engine.contracts import LossFn, Need
+from ..engine.ledger import ExpertLedger
 from ..engine.types import (
     LossOutput,
     PolicyOutput,
@@ -136,6 +137,11 @@ class Sasr(AlgorithmBase):
             metrics["sft_share"] = self.num_sft / (self.num_sft + self.num_rl)
         known = {"warmup_norm": self.warmup_norm, "last_norm": self.last_norm}
         return metrics | {name: value for name, value in known.items() if value is not None}
+
+    def ledger(self, updates: Sequence[Update], step: int) -> ExpertLedger:
+        """Gate: 1 where this step is fine-tuning, 0 where it is RL."""
+        sft = any(update.loss == "sft" for update in updates)
+        return ExpertLedger(gate_rate=float(sft) if updates else None)
 
     def state_dict(self) -> dict[str, Any]:
         return {

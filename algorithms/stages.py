@@ -29,6 +29,8 @@ from pydantic_core import PydanticCustomError
 from ..engine.config import Section
 from ..engine.contracts import DrawFn, LossFn, Need
 from ..engine.errors import ConfigError
+from ..engine.ledger import ExpertLedger
+from ..engine.probes import GradientComparison
 from ..engine.types import (
     Prompt,
     RolloutGroup,
@@ -226,6 +228,21 @@ class Stages(AlgorithmBase):
     def observe(self, report: UpdateReport) -> None:
         own_name = report.loss_name.removeprefix(self.named(""))
         self.current.observe(replace(report, loss_name=own_name))
+
+    def ledger(self, updates: Sequence[Update], step: int) -> ExpertLedger:
+        return self.current.ledger(self.own(updates), self.stage_at(step)[1])
+
+    def probes(self, updates: Sequence[Update], step: int) -> Mapping[str, Update]:
+        wanted = self.current.probes(self.own(updates), self.stage_at(step)[1])
+        return {name: replace(u, loss=self.named(u.loss)) for name, u in wanted.items()}
+
+    def observe_gradients(self, comparison: GradientComparison) -> None:
+        self.current.observe_gradients(comparison)
+
+    def own(self, updates: Sequence[Update]) -> list[Update]:
+        """The updates as the stage's method named them."""
+        prefix = self.named("")
+        return [replace(u, loss=u.loss.removeprefix(prefix)) for u in updates]
 
     def metrics(self) -> Mapping[str, float]:
         return {"stage": self.stage, **self.current.metrics()}

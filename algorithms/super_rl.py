@@ -18,6 +18,7 @@ from functools import partial
 from typing import Literal
 
 from ..engine.contracts import LossFn, Need
+from ..engine.ledger import ExpertLedger
 from ..engine.types import (
     LossOutput,
     PolicyOutput,
@@ -32,6 +33,7 @@ from .base import (
     AlgorithmBase,
     ExpertFields,
     PolicyFields,
+    Setup,
     expert_row,
     rollout_rows,
     surrogate_needs,
@@ -79,6 +81,10 @@ def super_rl_loss(
 class SuperRl(AlgorithmBase):
     Config = SuperRlConfig
 
+    def __init__(self, config: SuperRlConfig, setup: Setup) -> None:
+        super().__init__(config, setup)
+        self._routes: dict[str, Route] = {}  # of the last step's prompts with a known score
+
     @property
     def losses(self) -> Mapping[str, LossFn]:
         return {"main": partial(super_rl_loss, config=self.config)}
@@ -95,13 +101,24 @@ class SuperRl(AlgorithmBase):
         self, plan: StepPlan, groups: Sequence[RolloutGroup], step: int
     ) -> Sequence[Update]:
         rows: list[Sample] = []
+        self._routes = {}
         for group in groups:
             prompt = group.prompt
             if not group.rewards:
                 continue
-            if prompt.demonstrations and choose_route(group.rewards, self.config) == "sft":
+            route = choose_route(group.rewards, self.config) if prompt.demonstrations else "rl"
+            self._routes[prompt.prompt_id] = route
+            if route == "sft":
                 limit = self.config.max_response_length
                 rows += [expert_row(prompt, d, limit) for d in prompt.demonstrations]
             else:
                 rows += rollout_rows([group])
         return [self.update(self.credit(rows), self.coefs(step))]
+
+    def ledger(self, updates: Sequence[Update], step: int) -> ExpertLedger:
+        """Gate: prompts that trained their demonstrations, of those with a known score."""
+        routes = self._routes
+        gate = sum(route == "sft" for route in routes.values()) / len(routes) if routes else None
+        solved = {prompt_id: "solved" for prompt_id, route in routes.items() if route == "rl"}
+        coef = updates[0].coefs["expert_share"] if updates else None
+        return ExpertLedger(coef, gate, unused=solved)

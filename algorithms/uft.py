@@ -18,7 +18,7 @@ for the response budget loses whole pieces, it is never cut inside one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import cos, floor, pi
 from statistics import fmean
@@ -27,7 +27,16 @@ from typing import Literal
 from pydantic import Field
 
 from ..engine.contracts import LossFn, Need
-from ..engine.types import LossOutput, PolicyOutput, Prompt, RolloutRequest, StepPlan, TrainBatch
+from ..engine.ledger import ExpertLedger
+from ..engine.types import (
+    LossOutput,
+    PolicyOutput,
+    Prompt,
+    RolloutRequest,
+    StepPlan,
+    TrainBatch,
+    Update,
+)
 from .base import AlgorithmBase, ExpertFields, PolicyFields, Setup, surrogate_needs
 from .draws import uniforms
 from .grpo import regularize
@@ -109,6 +118,7 @@ class Uft(AlgorithmBase):
     def __init__(self, config: UftConfig, setup: Setup) -> None:
         super().__init__(config, setup)
         self._shares: list[float] = []  # of pieces shown, by prompt of the last plan
+        self._too_short: dict[str, str] = {}  # prompts whose solution has no piece to show
 
     @property
     def losses(self) -> Mapping[str, LossFn]:
@@ -122,7 +132,7 @@ class Uft(AlgorithmBase):
         return {"hint_probability": hint_probability(step, self.config), **super().coefs(step)}
 
     def plan(self, prompts: Sequence[Prompt], experts: Sequence[Prompt], step: int) -> StepPlan:
-        self._shares = []
+        self._shares, self._too_short = [], {}
         return StepPlan(tuple(self.hinted_request(prompt, step) for prompt in prompts))
 
     def hinted_request(self, prompt: Prompt, step: int) -> RolloutRequest:
@@ -140,6 +150,8 @@ class Uft(AlgorithmBase):
             shown -= 1
             length -= pieces[shown]
         self._shares.append(shown / len(pieces) if pieces else 0.0)
+        if not pieces:
+            self._too_short[prompt.prompt_id] = "too_short"
         return RolloutRequest(prompt, n, sampling, prefix=demonstration.token_ids[:length])
 
     def metrics(self) -> Mapping[str, float]:
@@ -148,3 +160,8 @@ class Uft(AlgorithmBase):
             return {}
         hinted = fmean(share > 0 for share in self._shares)
         return {"hint_share": fmean(self._shares), "hinted_rows": hinted}
+
+    def ledger(self, updates: Sequence[Update], step: int) -> ExpertLedger:
+        """Gate: prompts of the step with a hint."""
+        gate = fmean(share > 0 for share in self._shares) if self._shares else None
+        return replace(super().ledger(updates, step), gate_rate=gate, unused=self._too_short)

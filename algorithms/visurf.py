@@ -25,6 +25,7 @@ from typing import Literal
 from pydantic import Field
 
 from ..engine.contracts import LossFn, Need
+from ..engine.ledger import ExpertLedger
 from ..engine.types import (
     LossOutput,
     PolicyOutput,
@@ -139,6 +140,11 @@ class Visurf(AlgorithmBase):
                 if reward is not None:
                     found[i] = reward
         return found
+
+    def ledger(self, updates: Sequence[Update], step: int) -> ExpertLedger:
+        """Gate: demonstrated groups whose demonstration was better than their rollouts, and kept its advantage."""
+        share = self.smoothed_share
+        return ExpertLedger(gate_rate=None if share is None else 1 - share)
 
     def metrics(self) -> Mapping[str, float]:
         """smoothed_share: smoothed groups of the last update, of those with a scored demonstration."""

@@ -23,6 +23,9 @@ class LoopConfig(Section):
     """Prompts of one optimizer step; must divide prompts_per_step. null: the whole step is one minibatch."""
     epochs: int = Field(default=1, ge=1)
     """Passes over the step's rows."""
+    gradient_every: int = Field(default=0, ge=0)
+    """Each so many steps, measure the gradients of expert and policy tokens apart, before the step's updates, for the
+    metrics ledger/*gradient*; costs one more forward and backward pass of each source. 0: never."""
 
     @model_validator(mode="after")
     def _minibatch_divides(self) -> "LoopConfig":

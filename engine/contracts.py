@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .ledger import ExpertLedger
+    from .probes import GradientComparison, GradientProbe
     from .types import (
-        GradientComparison,
-        GradientProbe,
         LossOutput,
         PolicyOutput,
         Prompt,
@@ -139,6 +139,21 @@ class Algorithm(Protocol):
 
     def metrics(self) -> Mapping[str, float]:
         """State worth logging each step (gates, buffer sizes, coefficients)."""
+        ...
+
+    def ledger(self, updates: Sequence[Update], step: int) -> ExpertLedger:
+        """Driver, after the step's updates: the expert's part in the step."""
+        ...
+
+    def probes(self, updates: Sequence[Update], step: int) -> Mapping[str, Update]:
+        """Driver, before the step's first update: gradients to measure at the present weights, by name.
+
+        Each is that of all rows of the Update named, as one minibatch, and nothing of it is applied.
+        """
+        ...
+
+    def observe_gradients(self, comparison: GradientComparison) -> None:
+        """Driver: what `probes` asked for, before the step's first update."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

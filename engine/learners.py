@@ -13,9 +13,8 @@ from .config import LearnerConfig
 from .contracts import LossFn, Need, PrepareFn, RememberFn
 from .errors import LearnerError
 from .learner import LearnerWorker, Rank, WeightRoute, free_port, learning_rate
+from .probes import GradientComparison, GradientProbe
 from .types import (
-    GradientComparison,
-    GradientProbe,
     Source,
     TokenSampling,
     TrainBatch,

@@ -16,7 +16,9 @@ from .batch import collate
 from .checkpoint import Checkpoints, RunState
 from .config import EvalConfig, LoopConfig
 from .contracts import Algorithm, DataSource, Learners, RolloutPool, Scorer
+from .ledger import expert_ledger, gradient_ledger, split_by_source
 from .metrics import EvalResult, RunLog, evaluate_groups, step_metrics
+from .probes import GradientProbe
 from .sync_proof import Tolerance, prove_sync
 from .types import (
     Prompt,
@@ -24,6 +26,7 @@ from .types import (
     RolloutRequest,
     Sampling,
     StepPlan,
+    TrainBatch,
     Update,
     UpdateReport,
 )
@@ -72,6 +75,7 @@ def train(config: LoopConfig, evaluation: EvalConfig, sampling: Sampling, parts:
         updates = algorithm.assemble(plan, groups, step)
 
         # 4. One or several optimizer phases: RL, SFT, or both.
+        ledger = measure_gradients(parts, updates, step, by_source=due(step, config.gradient_every))
         reports: list[UpdateReport] = []
         for update in updates:
             with log.phase("update"):
@@ -81,7 +85,9 @@ def train(config: LoopConfig, evaluation: EvalConfig, sampling: Sampling, parts:
         state.advance(reports)
         if reports:
             publish(parts, state)
-        log.step(state, groups, step_metrics(state, rounds, updates, reports, algorithm.metrics()))
+        ledger |= expert_ledger(algorithm, [*prompts, *experts], groups, updates, step)
+        metrics = step_metrics(state, rounds, updates, reports, algorithm.metrics())
+        log.step(state, groups, metrics | ledger)
 
         last = state.step == config.steps
         if evaluation.num_prompts and (last or due(state.step, evaluation.every)):
@@ -132,19 +138,48 @@ def rollout_rounds(
     return rounds
 
 
+def measure_gradients(
+    parts: Parts, updates: Sequence[Update], step: int, *, by_source: bool
+) -> dict[str, float]:
+    """Gradients at the present weights, none of them applied: what the algorithm asks for, and those of each source."""
+    wanted = {name: (u, None) for name, u in parts.algorithm.probes(updates, step).items()}
+    split = split_by_source(updates) if by_source else {}
+    if not wanted and not split:
+        return {}
+    with parts.log.phase("gradients"):
+        if updates and updates[0].refresh_reference:
+            parts.learners.refresh_reference()
+        ready: dict[tuple[int, str], TrainBatch] = {}  # probes of the same rows share a batch
+        probes = []
+        for name, (update, only) in {**wanted, **split}.items():
+            rows = id(update.samples), update.loss
+            batch = ready[rows] = ready.get(rows) or make_batch(parts, update)
+            probes.append(GradientProbe(name, batch, update.loss, update.coefs, only))
+        prepare = parts.algorithm.prepare
+        found = parts.learners.compare_gradients(probes, step=step, prepare=prepare)
+    if wanted:
+        parts.algorithm.observe_gradients(found)
+    return gradient_ledger(found, split)
+
+
 def apply_update(parts: Parts, update: Update, step: int) -> list[UpdateReport]:
     """Collate, annotate, finish, train: one optimizer phase of minibatches x epochs steps."""
-    needs = parts.algorithm.needs[update.loss]
     if update.refresh_reference:
         parts.learners.refresh_reference()
-    single = update.minibatches * update.epochs == 1
-    batch = parts.learners.annotate(collate(update.samples), needs, single=single)
-    batch = parts.algorithm.finish(batch)
+    batch = make_batch(parts, update)
     hooks = {"prepare": parts.algorithm.prepare, "remember": parts.algorithm.remember}
     reports = list(parts.learners.update(batch, update, step=step, **hooks))
     for report in reports:
         parts.algorithm.observe(report)
     return reports
+
+
+def make_batch(parts: Parts, update: Update) -> TrainBatch:
+    """All rows of an update with the columns that its loss needs."""
+    single = update.minibatches * update.epochs == 1
+    needs = parts.algorithm.needs[update.loss]
+    batch = parts.learners.annotate(collate(update.samples), needs, single=single)
+    return parts.algorithm.finish(batch)
 
 
 def publish(parts: Parts, state: RunState) -> None:

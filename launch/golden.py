@@ -23,7 +23,8 @@ from ..algorithms.advantages import uniform_groups
 from ..engine.batch import collate, select
 from ..engine.errors import ConfigError, DataError
 from ..engine.model import token_statistics
-from ..engine.types import PolicyOutput, Sample, Sampling, Source, TrainBatch
+from ..engine.probes import GradientComparison
+from ..engine.types import PolicyOutput, Sample, Sampling, Source, TrainBatch, UpdateReport
 from .golden_expert import (
     CaseError,
     check_columns,
@@ -322,7 +323,22 @@ def trace_super_rl(algorithm: Any, entry: Case) -> dict[str, Any]:
     }
 
 
+def trace_amft(algorithm: Any, entry: Case) -> dict[str, Any]:
+    """One step of the controller."""
+    algorithm.open_step()
+    algorithm.entropy_target = entry["entropy_target"]
+    if entry["validation_grad"] is not None:
+        names = ("validation", "sft", "rl")
+        vectors = np.array([entry[f"{name}_grad"] for name in names])
+        gram = tuple(map(tuple, (vectors @ vectors.T).tolist()))
+        algorithm.observe_gradients(GradientComparison(names, gram, ({}, {}, {})))
+    metrics = {"policy_entropy": entry["entropy"]}
+    algorithm.observe(UpdateReport("main", 0.0, metrics, entry["learning_rate"]))
+    return {"meta_gradient": algorithm.meta_gradient, "mu": algorithm.mu}
+
+
 TRACES: dict[str, Callable[[Any, Case], dict[str, Any]]] = {
+    "amft": trace_amft,
     "grpo": trace_kept_groups,
     "hpt": trace_hpt,
     "super_rl": trace_super_rl,

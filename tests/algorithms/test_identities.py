@@ -13,6 +13,7 @@ ALL_TERMS = {"entropy_coef": 0.01, "kl_coef": 0.05, "sampler_ratio_cap": 1.5, "d
 ALGORITHMS = {
     "sft": {"entropy_coef": 0.02},
     "grpo": ALL_TERMS,
+    "amft": ALL_TERMS,
     "chord": {**ALL_TERMS, "expert_loss": {"type": "phi"}},
 }
 

@@ -23,6 +23,7 @@ from plait.rollouts.pool import Pool
 
 STEPS, MAX_RESPONSE = 3, 24
 CONFIGS = {
+    "amft": {"warmup_steps": 1, "meta_every": 2, "validation_prompts": 2},
     "bread": {"failure_threshold": 1.0, "probe_rollouts": 2},
     "chord": {"expert_rows_per_step": 4},
     "ghpo": {"failure_threshold": 1.0},
@@ -84,7 +85,7 @@ def test_it_trains(name, pool, tiny_model, work_folder, demonstrations, monkeypa
         data={"path": "solutions.jsonl"},
         reward="parity:grade",
         rollouts={"max_response_length": MAX_RESPONSE},
-        loop={"steps": STEPS, "prompts_per_step": 4},
+        loop={"steps": STEPS, "prompts_per_step": 4, "gradient_every": 1},
         checkpoint={"every": 2},
     )
     recipe["algorithm"] = algorithm_config

@@ -14,7 +14,8 @@ from plait.engine.batch import collate, select
 from plait.engine.config import LearnerConfig
 from plait.engine.learner import LearnerWorker, Rank, WeightRoute
 from plait.engine.learners import InProcessRank, LearnerGroup
-from plait.engine.types import GradientProbe, Sampling, Source
+from plait.engine.probes import GradientProbe
+from plait.engine.types import Sampling, Source
 
 RATE = 1e-2
 COEFS = {"mu": 0.4}
