@@ -18,7 +18,7 @@ from .config import CheckpointConfig
 from .contracts import Algorithm, DataSource, Learners
 from .errors import CheckpointError
 from .metrics import EvalResult
-from .types import UpdateReport
+from .types import RolloutGroup, UpdateReport
 
 STATE_FILE = "state.json"
 
@@ -37,7 +37,9 @@ class RunState:
     """Weight syncs whose proof held; one that fails ends the run."""
     optimizer_steps: int = 0
     tokens: dict[str, int] = field(default_factory=dict)
-    """Trained tokens so far, by source."""
+    """Trained tokens so far, by source; "computed": all of the forward passes; "generated": sampled to train on."""
+    step_seconds: float = 0.0
+    """Wall time of the steps so far, evaluation and checkpoints left out."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time so far, by phase."""
     eval_before: EvalResult | None = None
@@ -51,6 +53,16 @@ class RunState:
         for report in reports:
             for source, n in report.tokens.items():
                 self.tokens[source] = self.tokens.get(source, 0) + n
+
+    def count_generated(self, rounds: Sequence[Sequence[RolloutGroup]]) -> None:
+        """Add what a step sampled; forced prefixes were not sampled."""
+        rollouts = [rollout for groups in rounds for group in groups for rollout in group.rollouts]
+        generated = sum(len(rollout.token_ids) - rollout.prefix_len for rollout in rollouts)
+        self.tokens["generated"] = self.tokens.get("generated", 0) + generated
+
+    @property
+    def trained_tokens(self) -> int:
+        return self.tokens.get("policy", 0) + self.tokens.get("expert", 0)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> RunState:

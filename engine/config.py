@@ -16,7 +16,11 @@ class Section(BaseModel):
 
 class LoopConfig(Section):
     steps: int = Field(ge=1)
-    """Loop steps of the whole run."""
+    """Loop steps of the whole run; what schedules are laid over, also where a limit below ends the run before."""
+    max_trained_tokens: int | None = Field(default=None, ge=1)
+    """The run ends after the step that reaches this many trained tokens, policy and expert; null: no limit."""
+    max_seconds: float | None = Field(default=None, gt=0)
+    """The run ends after the step that reaches this time, evaluation and checkpoints left out; null: no limit."""
     prompts_per_step: int = Field(default=128, ge=1)
     """Prompts drawn each step; each is rolled out `algorithm.rollouts_per_prompt` times or trains its demonstration."""
     prompts_per_minibatch: int | None = Field(default=None, ge=1)

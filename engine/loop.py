@@ -8,6 +8,7 @@ It knows no algorithm, no Ray and no vLLM: everything comes through the Protocol
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -50,7 +51,7 @@ class Parts:
 
 
 def train(config: LoopConfig, evaluation: EvalConfig, sampling: Sampling, parts: Parts) -> RunState:
-    """Run to `config.steps` completed steps, from the last checkpoint where there is one."""
+    """Run to the end that `config` sets, from the last checkpoint where there is one."""
     algorithm, data, log = parts.algorithm, parts.data, parts.log
     state = parts.checkpoints.restore(algorithm, data, parts.learners)
     log.begin(state, config.steps)
@@ -59,7 +60,8 @@ def train(config: LoopConfig, evaluation: EvalConfig, sampling: Sampling, parts:
     if state.step == 0 and evaluation.num_prompts:
         state.eval_before = evaluate(parts, evaluation, sampling, state)
 
-    while state.step < config.steps:
+    while end_reason(config, state) is None:
+        started = time.perf_counter()
         step = state.step  # completed steps: what schedules and seeds depend on
 
         # 1. What to do: prompts, prefixes, demonstrations.
@@ -83,19 +85,32 @@ def train(config: LoopConfig, evaluation: EvalConfig, sampling: Sampling, parts:
 
         # 5. Samplers follow the learner.
         state.advance(reports)
+        state.count_generated(rounds)
         if reports:
             publish(parts, state)
+        state.step_seconds += time.perf_counter() - started
         ledger |= expert_ledger(algorithm, [*prompts, *experts], groups, updates, step)
         metrics = step_metrics(state, rounds, updates, reports, algorithm.metrics())
         log.step(state, groups, metrics | ledger)
 
-        last = state.step == config.steps
+        last = end_reason(config, state) is not None
         if evaluation.num_prompts and (last or due(state.step, evaluation.every)):
             state.eval_after = evaluate(parts, evaluation, sampling, state)
         if last or due(state.step, parts.checkpoints.every):
             with log.phase("checkpoint"):
                 parts.checkpoints.save(state, algorithm, data, parts.learners)
     return state
+
+
+def end_reason(config: LoopConfig, state: RunState) -> str | None:
+    """The field of `loop` that ends the run here; None where it goes on."""
+    if state.step >= config.steps:
+        return "steps"
+    if config.max_trained_tokens is not None and state.trained_tokens >= config.max_trained_tokens:
+        return "max_trained_tokens"
+    if config.max_seconds is not None and state.step_seconds >= config.max_seconds:
+        return "max_seconds"
+    return None
 
 
 def take_prompts(parts: Parts, n: int) -> Sequence[Prompt]:

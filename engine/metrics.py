@@ -78,6 +78,8 @@ def step_metrics(
     samples = [sample for update in updates for sample in update.samples]
     metrics: dict[str, float] = {
         "policy_version": state.policy_version,
+        "tokens/trained_so_far": state.trained_tokens,
+        "time/steps_so_far": state.step_seconds,
         "rows/expert": sum(not (s.source == Source.POLICY).any() for s in samples),
         **{f"algorithm/{name}": value for name, value in algorithm.items()},
     }

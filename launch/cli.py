@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,7 @@ import typer
 
 from ..engine.errors import ConfigError, DataError, PlaitError
 from .cluster import import_from_here
-from .config import load_recipe
+from .config import load_recipe, read_recipe
 
 app = typer.Typer(
     name="plait",
@@ -50,6 +51,44 @@ def resume(run: RunArgument) -> None:
     from .run import train as run_train
 
     show_summary(run_train(load_run(run), resume=True))
+
+
+@app.command()
+def compare(
+    recipe: RecipeArgument,
+    algorithms: Annotated[
+        str,
+        typer.Option(help="Methods, separated by commas: algorithm names or labels of --variants."),
+    ],
+    budget: Annotated[str, typer.Option(help="tokens=N trained tokens, or seconds=S of steps.")],
+    overrides: Overrides = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each method.")] = 1,
+    output: Annotated[Path | None, typer.Option(help="Default: runs/compare-RECIPE.")] = None,
+    variants: Annotated[
+        Path | None, typer.Option(help="YAML: label -> {algorithm: {...}, overrides: [...]}.")
+    ] = None,
+    keep_models: Annotated[
+        bool, typer.Option(help="Keep each run's export and checkpoint.")
+    ] = False,
+) -> None:
+    """Train several methods under one budget from one start; write report.md, report.json, curves.svg.
+
+    Given again, it keeps the finished runs and continues. Exit code 1 when a run failed.
+    """
+    from .compare import Budget, plan_runs, read_variants, run_all
+    from .compare_report import write_report
+
+    base = read_recipe(recipe, overrides or ())
+    name = Path(recipe).stem
+    folder = output or Path("runs") / f"compare-{name}"
+    limit = Budget.parse(budget)
+    entries = plan_runs(base, algorithms.split(","), limit, seeds, folder, read_variants(variants))
+    outcomes = run_all(entries, print, keep_models)
+    command = shlex.join(["plait", *sys.argv[1:]])
+    write_report(outcomes, limit, command, name, folder)
+    print((folder / "report.md").read_text())
+    if any(outcome.failure for outcome in outcomes):
+        raise typer.Exit(1)
 
 
 @app.command("eval")

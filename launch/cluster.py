@@ -21,10 +21,13 @@ ALLOCATOR = {
 
 @contextmanager
 def ray_cluster() -> Iterator[None]:
-    """Ray is up inside; a cluster that was started here ends with it."""
+    """Ray is up inside; a cluster that was started here ends with it, one that was up before stays."""
     os.environ["PYTHONPATH"] = python_path()
     import ray
 
+    if ray.is_initialized():
+        yield
+        return
     ray.init(
         logging_level=logging.ERROR,
         log_to_driver=False,

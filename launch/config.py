@@ -94,6 +94,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises ConfigError with every problem found, each with field path, value and remedy.
     """
+    return validate(read_recipe(path, overrides))
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Raw:
+    """The sections as they are written, overrides applied, named after the file; not yet validated."""
     file = find_recipe(path)
     raw = read_yaml(file)
     for override in overrides:
@@ -101,7 +106,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     run = raw.setdefault("run", {})
     if isinstance(run, dict):
         run.setdefault("name", file.stem)
-    return validate(raw)
+    return raw
 
 
 def find_recipe(path: str | Path) -> Path:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..algorithms import AlgorithmBase
 from ..engine.errors import ConfigError
@@ -22,6 +22,9 @@ from ..rollouts.records import Records
 from .config import Recipe
 from .demonstrations import check_demonstrations
 from .model import check_model, resolve_model
+
+if TYPE_CHECKING:
+    from .open_pool import OpenPool
 
 CONFIG_FILE, SUMMARY_FILE = "config.yaml", "summary.json"
 NUM_PROBES = 2
@@ -69,14 +72,23 @@ def prepare_folder(recipe: Recipe, *, overwrite: bool) -> Path:
     return folder
 
 
-def train(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
-    """Train a recipe to its end and return what summary.json holds."""
+def train(
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    workers: OpenPool | None = None,
+) -> dict[str, Any]:
+    """Train a recipe to its end and return what summary.json holds.
+
+    `workers` lends rollout workers that outlive this run; without it they start and end with it.
+    """
     started = time.perf_counter()
     inputs = check_inputs(recipe)
     # Absolute: the learner's processes write into it too, wherever they were started.
     folder = (recipe.folder if resume else prepare_folder(recipe, overwrite=overwrite)).resolve()
 
-    with composed(inputs, folder) as parts:
+    with composed(inputs, folder, workers) as parts:
         from ..engine.loop import train as run_loop
 
         starting = time.perf_counter() - started
@@ -84,27 +96,38 @@ def train(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> d
         with parts.log.phase("export"):
             parts.learners.export(str(folder / "export"))
         seconds = {"start": starting, **parts.log.seconds}
-    summary = summarize(recipe, state, seconds, time.perf_counter() - started)
+        streams = parts.data.state_dict()
+    summary = summarize(recipe, state, streams, seconds, time.perf_counter() - started)
     (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
 
 def summarize(
-    recipe: Recipe, state: Any, seconds: dict[str, float], total: float
+    recipe: Recipe,
+    state: Any,
+    streams: dict[str, Any],
+    seconds: dict[str, float],
+    total: float,
 ) -> dict[str, Any]:
     """What a run came to; the keys are documented in docs/run-folder.md."""
+    from ..engine.loop import end_reason
+
     return {
         "run": recipe.run.name,
         "algorithm": recipe.algorithm.type,
         "model": recipe.model.path,
         "steps": state.step,
+        "ended_by": end_reason(recipe.loop, state),
+        "step_seconds": round(state.step_seconds, 3),
+        "prompts": streams["prompts"],
+        "expert_stream": streams["experts"],
         "optimizer_steps": state.optimizer_steps,
         "eval_before": asdict(state.eval_before) if state.eval_before else None,
         "eval_after": asdict(state.eval_after) if state.eval_after else None,
         "wall_seconds": {**{k: round(v, 3) for k, v in seconds.items()}, "total": round(total, 3)},
         "policy_versions": state.policy_version + 1,
         "weight_sync": {"proved": state.syncs_proved, "failed": state.syncs - state.syncs_proved},
-        "tokens": {"policy": 0, "expert": 0, **state.tokens},
+        "tokens": {"policy": 0, "expert": 0, "generated": 0, **state.tokens},
         "versions": package_versions(),
     }
 
@@ -122,7 +145,7 @@ def package_versions() -> dict[str, str]:
 
 
 @contextmanager
-def composed(inputs: Inputs, folder: Path) -> Iterator[Any]:
+def composed(inputs: Inputs, folder: Path, workers: OpenPool | None = None) -> Iterator[Any]:
     """All parts of a run, started; everything is closed at the end, whatever happens."""
     recipe, algorithm = inputs.recipe, inputs.algorithm
     model_path = resolve_model(recipe.model.path)
@@ -133,7 +156,9 @@ def composed(inputs: Inputs, folder: Path) -> Iterator[Any]:
         stack.enter_context(ray_cluster())
         # Workers load in the background, vLLM first because it takes longest; meanwhile this process imports its own
         # half and encodes the data.
-        pool = start_pool(recipe, model_path, stack)
+        pool = (
+            workers.lend(recipe, model_path) if workers else start_pool(recipe, model_path, stack)
+        )
         ranks = start_ranks(recipe, algorithm, model_path)
         stack.callback(ranks.close)
 

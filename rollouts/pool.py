@@ -59,7 +59,8 @@ class Pool:
         `dtype` is the rollouts' own or the learner's; `version` that of the weights in `model_path`.
         """
         self._config = config
-        self._seed = seed
+        self.seed = seed
+        """Of the run that samples; a pool may serve several, one after the other."""
         actor = ray.remote(RolloutWorker).options(**_actor_options(config))
         names = [f"rollout-{number}" for number in range(config.num_workers)]
         self._members = [
@@ -149,7 +150,7 @@ class Pool:
                 prompt=prompt.token_ids,
                 prefix=request.prefix,
                 sampling=request.sampling,
-                seed=sample_seed(self._seed, step, prompt.prompt_id, index),
+                seed=sample_seed(self.seed, step, prompt.prompt_id, index),
                 stop_token_ids=self._stop_token_ids,
             )
 
