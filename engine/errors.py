@@ -5,6 +5,7 @@ All are picklable (they cross process boundaries) and also inherit the built-in 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 
 class PlaitError(Exception):
@@ -41,8 +42,12 @@ class ConfigError(PlaitError, ValueError):
         return "\n".join(str(problem) for problem in self.problems)
 
     @classmethod
-    def at(cls, path: str, value: object, message: str) -> "ConfigError":
+    def at(cls, path: str, value: object, message: str) -> Self:
         return cls([Problem(path, value, message)])
+
+
+class HubError(ConfigError):
+    """A model or data set lies on a hub that does not answer; whether it exists is unknown."""
 
 
 class DataError(PlaitError, ValueError):

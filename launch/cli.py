@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from ..engine.errors import ConfigError, DataError, PlaitError
+from ..engine.errors import ConfigError, DataError, PlaitError, Problem
 from .cluster import import_from_here
 from .config import load_recipe, read_recipe
 
@@ -135,14 +135,25 @@ def export(
 @app.command()
 def plan(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
     """Print what a recipe will do: rows, micro-batches, optimizer steps, tokens, memory."""
+    from .architectures import known_architecture, load_architecture
     from .model import resolve_model
     from .plan import make_plan
     from .run import check_inputs
 
     loaded = load_recipe(recipe, overrides or ())
-    check_inputs(loaded)
-    result = make_plan(loaded, resolve_model(loaded.model.path))
-    print(json.dumps(result.to_json()) if as_json else "\n".join(result.lines()))
+    unchecked: list[Problem] = []
+    check_inputs(loaded, unchecked)
+    path = loaded.model.path
+    silent = any(problem.path == "model.path" for problem in unchecked)
+    architecture = known_architecture(path) if silent else load_architecture(resolve_model(path))
+    result = make_plan(loaded, architecture)
+    notes = [f"not checked: {problem}" for problem in unchecked]
+    if silent:
+        notes.append(f"the shape of {path} is the one that plait knows by that name")
+    if as_json:
+        print(json.dumps({**result.to_json(), "notes": notes}))
+    else:
+        print("\n".join([*result.lines(), *notes]))
 
 
 @app.command()
@@ -181,12 +192,20 @@ def check_recipe(
     """Validate a recipe with its model, reward and data; start nothing."""
     from .run import check_inputs
 
-    inputs = check_inputs(load_recipe(recipe, overrides or ()))
+    unchecked: list[Problem] = []
+    inputs = check_inputs(load_recipe(recipe, overrides or ()), unchecked)
     counts = {"train": len(inputs.records.train), "held_out": len(inputs.records.held_out)}
+    if any(problem.path == "data.path" for problem in unchecked):
+        counts = {}  # unknown is not 0
     if as_json:
-        print(json.dumps({"ok": True, **counts}))
-    else:
+        print(json.dumps({"ok": True, **counts, "unchecked": list(map(str, unchecked))}))
+        return
+    if counts:
         print(f"ok: {counts['train']} training prompts, {counts['held_out']} held out")
+    else:
+        print("ok: every section of the recipe is valid; its data was not seen")
+    for problem in unchecked:
+        print(f"not checked: {problem}")
 
 
 def show_summary(summary: dict) -> None:

@@ -10,6 +10,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -185,15 +186,14 @@ def run_all(
         check_inputs(recipe)
     workers = OpenPool()
     outcomes = []
-    try:
-        with ray_cluster():
-            for i, entry in enumerate(entries, start=1):
-                say(f"run {i} of {len(entries)}: {entry.label}, seed {entry.seed}")
-                outcomes.append(run_one(entry, workers, keep_models))
-                if outcomes[-1].failure:
-                    say(f"failed: {outcomes[-1].failure}")
-    finally:
-        workers.close()
+    with ExitStack() as stack:
+        stack.enter_context(ray_cluster())
+        stack.callback(workers.close)
+        for i, entry in enumerate(entries, start=1):
+            say(f"run {i} of {len(entries)}: {entry.label}, seed {entry.seed}")
+            outcomes.append(run_one(entry, workers, keep_models))
+            if outcomes[-1].failure:
+                say(f"failed: {outcomes[-1].failure}")
     return outcomes
 
 

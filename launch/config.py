@@ -114,7 +114,8 @@ def find_recipe(path: str | Path) -> Path:
     for candidate in (Path(path), shipped):
         if candidate.is_file():
             return candidate
-    names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+    found = (p.relative_to(RECIPES).with_suffix("") for p in RECIPES.rglob("*.yaml"))
+    names = ", ".join(sorted(map(str, found)))
     raise ConfigError.at("recipe", str(path), f"no such file, nor a shipped recipe ({names})")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..algorithms import AlgorithmBase
+from ..algorithms.stages import Stages
 from ..engine.errors import DataError
 from ..engine.types import TOKEN_COLUMNS
 from ..rollouts.records import Record
@@ -16,6 +17,10 @@ COMPUTABLE = frozenset({"ref_logprobs"})
 
 def check_demonstrations(algorithm: AlgorithmBase, records: Sequence[Record]) -> None:
     """Refuse data without the demonstrations that the algorithm trains, or without what it reads of them."""
+    if isinstance(algorithm, Stages):
+        for member in algorithm.members:
+            check_demonstrations(member, records)
+        return
     needs = frozenset[str]().union(*algorithm.needs.values())
     if "demonstrations" not in needs:
         return

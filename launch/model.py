@@ -30,8 +30,9 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
-from ..engine.errors import ConfigError
+from ..engine.errors import ConfigError, HubError
 
 HUB_TIMEOUT_SECONDS = 3.0
 DOWNLOAD_TIMEOUT_SECONDS = 900.0
@@ -238,36 +239,53 @@ def _check_hub(path: str) -> None:
         return
     near = difflib.get_close_matches(path.lower(), PACKAGED, n=1, cutoff=0.5)
     remedy = "give a folder with config.json" + (f" or the name {near[0]}" if near else "")
+    # A name without owner is rather a mistyped one of plait's own.
+    unknown = HubError.at if "/" in path else ConfigError.at
     if constants.HF_HUB_OFFLINE:
-        raise _no_model(
-            path, f"neither a folder nor in the hub cache, and HF_HUB_OFFLINE=1; {remedy}"
-        )
+        message = f"neither a folder nor in the hub cache, and HF_HUB_OFFLINE=1; {remedy}"
+        raise unknown("model.path", path, message)
     answer = _ask_hub(path)
-    if answer is not None:
-        raise _no_model(path, f"neither a folder nor a model of the hub ({answer}); {remedy}")
+    if answer is None:
+        return
+    message = f"neither a folder nor a model of the hub ({answer}); {remedy}"
+    raise (_no_model(path, message) if answer.answered else unknown("model.path", path, message))
 
 
-def _ask_hub(path: str) -> str | None:
-    """None if the hub has the model, else what it said; a thread bounds name resolution too."""
+@dataclass(frozen=True)
+class HubRefusal:
+    """Why the hub did not name the model: it said so, or it did not answer at all."""
+
+    answered: bool
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def _ask_hub(path: str) -> HubRefusal | None:
+    """None if the hub has the model; a thread bounds name resolution too."""
     from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers
 
     url = f"{constants.ENDPOINT}/api/models/{path}"
     # Not the hub's own client: it retries, and the class of its errors changed between versions.
     request = urllib.request.Request(url, headers=build_hf_headers())
-    answer: list[str | None] = []
+    answer: list[HubRefusal | None] = []
 
     def ask() -> None:
         try:
             with urllib.request.urlopen(request, timeout=HUB_TIMEOUT_SECONDS):
                 answer.append(None)
         except (OSError, ValueError, HTTPException) as error:
-            answer.append(f"{constants.ENDPOINT}: {error}")
+            said = isinstance(error, HTTPError) and error.code < 500
+            answer.append(HubRefusal(said, f"{constants.ENDPOINT}: {error}"))
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(HUB_TIMEOUT_SECONDS)
-    return answer[0] if answer else f"no answer within {HUB_TIMEOUT_SECONDS:g} s"
+    if not answer:
+        return HubRefusal(False, f"no answer within {HUB_TIMEOUT_SECONDS:g} s")
+    return answer[0]
 
 
 def _no_model(path: str, message: str) -> ConfigError:

@@ -59,8 +59,8 @@ class Plan:
         ]
 
 
-def make_plan(recipe: Recipe, model_path: str) -> Plan:
-    """Count rows, steps and bytes; reads only the model's config."""
+def make_plan(recipe: Recipe, architecture: Any) -> Plan:
+    """Count rows, steps and bytes; `architecture` is the model's transformers config."""
     algorithm = recipe.build_algorithm()
     loop, learner, rollouts = recipe.loop, recipe.learner, recipe.rollouts
     group, expert_rows = widest_step(recipe)
@@ -70,7 +70,7 @@ def make_plan(recipe: Recipe, model_path: str) -> Plan:
     per_rank = ceil(per_minibatch / learner.num_workers)
     single = loop.minibatches * loop.epochs == 1
     wanted = any("old_logprobs" in needs for needs in algorithm.needs.values())
-    parameters, hidden, layers, vocabulary = model_size(model_path)
+    parameters, hidden, layers, vocabulary = model_size(architecture)
     return Plan(
         algorithm=describe(recipe.algorithm),
         steps=loop.steps,
@@ -123,12 +123,11 @@ def describe(config: AlgorithmConfig) -> str:
     return f"stages: {', then '.join(parts)}; a step below is one of the stage with most rows"
 
 
-def model_size(path: str) -> tuple[int, int, int, int]:
+def model_size(config: Any) -> tuple[int, int, int, int]:
     """Parameters, hidden size, layers, vocabulary; no weights are read."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     parameters = sum(p.numel() for p in model.parameters())

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..algorithms import AlgorithmBase
-from ..engine.errors import ConfigError
+from ..engine.errors import ConfigError, HubError, Problem
 from ..engine.types import RolloutRequest, Sampling
 from ..rewards import resolve as resolve_reward
 from ..rollouts.config import RolloutConfig
@@ -39,20 +39,35 @@ class Inputs:
     records: Records
 
 
-def check_inputs(recipe: Recipe) -> Inputs:
+def check_inputs(recipe: Recipe, unchecked: list[Problem] | None = None) -> Inputs:
     """Everything that can be refused before a worker starts.
 
-    Raises ConfigError or DataError, naming the field, the file and line, or the prompt.
+    Raises ConfigError or DataError, naming the field, the file and line, or the prompt. What a hub that does not
+    answer would have to say is refused too, or goes into `unchecked`.
     """
-    check_model(recipe.model.path)
+    with noting_silence(unchecked):
+        check_model(recipe.model.path)
     algorithm = recipe.build_algorithm()
-    num_eval = recipe.eval.num_prompts
-    records = read_records(recipe.data, num_eval)
+    records = Records((), ())
+    with noting_silence(unchecked):
+        records = read_records(recipe.data, recipe.eval.num_prompts)
     if recipe.reward is not None:
         for name in {recipe.reward.function, *(r.reward for r in records.train if r.reward)}:
             resolve_reward(name)
-    check_demonstrations(algorithm, records.train)
+    if records.train:
+        check_demonstrations(algorithm, records.train)
     return Inputs(recipe, algorithm, records)
+
+
+@contextmanager
+def noting_silence(unchecked: list[Problem] | None) -> Iterator[None]:
+    """Collect that a hub does not answer, where a list is given."""
+    try:
+        yield
+    except HubError as error:
+        if unchecked is None:
+            raise
+        unchecked += error.problems
 
 
 def prepare_folder(recipe: Recipe, *, overwrite: bool) -> Path:

@@ -66,7 +66,7 @@ class DataSection(Section):
 
 
 class Columns(Section):
-    """Which column of the data set holds what."""
+    """Which column holds what; dots look inside a cell: `reward_model.ground_truth`, `target.0.content`."""
 
     prompt: str = "prompt"
     """Text of the user's turn."""

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..engine.errors import ConfigError, DataError
+from ..engine.errors import ConfigError, DataError, HubError
 from .config import HuggingFaceData, JsonlData, ReasoningGymData
 from .order import derive_key
 from .records import (
@@ -149,6 +149,12 @@ def _load_rows(config: HuggingFaceData) -> Any:
         return datasets.load_dataset(config.path, config.name, split=config.split)
     except KeyError as error:
         raise ConfigError.at("data.split", config.split, f"{config.path} has no {error}") from error
+    except ConnectionError as error:
+        raise HubError.at(
+            "data.path",
+            config.path,
+            f"not a file or folder here, and the hub does not answer: {error}",
+        ) from error
     except (OSError, ValueError, DatasetsError) as error:
         raise DataError(f"{config.path}: datasets cannot load it: {error}") from error
 

@@ -97,8 +97,9 @@ class RowParser:
         """Raises RowError naming the column."""
         if not isinstance(row, dict):
             raise RowError(f"a row must be an object, not {_kind(row)}")
-        self._present.update(row)
         columns = self._columns
+        row = with_nested(row, columns)
+        self._present.update(row)
         messages, reply = self._messages(row)
         answer = _answer(row.get(columns.answer), columns.answer)
         texts = _texts(row.get(columns.demonstration), columns.demonstration)
@@ -176,6 +177,29 @@ class RowParser:
         if first != where:
             raise RowError(f"duplicate id {prompt_id!r}, first used by {first}")
         return prompt_id
+
+
+def with_nested(row: Mapping[str, Any], columns: Columns) -> Mapping[str, Any]:
+    """The row, and what dotted columns name inside its cells.
+
+    >>> with_nested({"target": [{"content": "4"}]}, Columns(demonstration="target.0.content"))["target.0.content"]
+    '4'
+    """
+    found: dict[str, Any] = {}
+    for path in (getattr(columns, name) for name in Columns.model_fields):
+        if path in row or "." not in path:
+            continue
+        value: Any = row
+        for key in path.split("."):
+            if isinstance(value, Mapping):
+                value = value.get(key)
+            elif isinstance(value, list) and key.isdigit() and int(key) < len(value):
+                value = value[int(key)]
+            else:
+                value = None
+        if value is not None:
+            found[path] = value
+    return {**row, **found} if found else row
 
 
 def check_templates(config: DataSection) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from plait.engine.errors import ConfigError, DataError
+from plait.engine.errors import ConfigError, DataError, HubError
 from plait.rollouts.config import Columns, HuggingFaceData
 from plait.rollouts.readers import read_records
 from plait.rollouts.records import Record
@@ -92,5 +92,7 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
     (tmp_path / "broken.parquet").write_text("x")
     with pytest.raises(DataError, match="datasets cannot load it"):
         read(tmp_path / "broken.parquet")
-    with pytest.raises(DataError, match="datasets cannot load it"):
+    with pytest.raises(
+        HubError, match=r"data.path = 'no-such-org/no-such-set'.* hub does not answer"
+    ):
         read("no-such-org/no-such-set")

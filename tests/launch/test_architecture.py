@@ -68,6 +68,7 @@ def test_the_wheel_holds_only_plait(tmp_path):
     for needed in (
         "plait/engine/loop.py",
         "plait/launch/recipes/quickstart.yaml",
+        "plait/launch/recipes/paper/chord.yaml",
         "plait/py.typed",
     ):
         assert needed in names
