@@ -33,3 +33,28 @@ def answer(requests, rewards):
         )
         for name, (prompt, rollouts) in groups.items()
     ]
+
+
+def run_rounds(algorithm, prompts, rewards, step=0, fresh=()):
+    """All rounds of a step: (requests, groups) of each. `rewards(request)`: one a rollout, None is UNKNOWN."""
+    spare = list(fresh)
+
+    def draw(n):
+        taken, spare[:] = spare[:n], spare[n:]
+        return taken
+
+    requests, rounds = [*algorithm.plan(prompts, [], step).requests], []
+    while requests:
+        groups = [
+            answer([request], {request.prompt.prompt_id: rewards(request)})[0]
+            for request in requests
+        ]
+        rounds.append((requests, groups))
+        requests = [*algorithm.follow_up([groups for _, groups in rounds], step, draw)]
+    return rounds
+
+
+def assemble_rounds(algorithm, prompts, rounds, step=0):
+    """Updates of a step whose rounds are over."""
+    groups = [group for _, groups in rounds for group in groups]
+    return algorithm.assemble(algorithm.plan(prompts, [], step), groups, step)
