@@ -29,7 +29,8 @@ class Estimate:
 
 
 def describe(metrics: Mapping[str, float]) -> str:
-    """The numbers of a step that fit on a line."""
+    """The numbers of a step that fit on a line, whichever stage trained (its losses are `0.main`, `1.main`)."""
+    metrics = {name.lstrip("0123456789."): value for name, value in metrics.items()}
     parts = []
     for label, name, form in (
         ("reward", "reward/mean", ".3f"),

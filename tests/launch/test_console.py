@@ -53,3 +53,7 @@ def test_the_terminal_shows_phase_progress_and_time_left():
         "4/10 steps",
     ):
         assert words in drawn
+
+
+def test_losses_of_a_stage_are_shown_too():
+    assert describe({"1.main/mu": 0.25}) == describe({"main/mu": 0.25}) == "mu 0.250"
