@@ -44,16 +44,10 @@ from ..engine.types import (
     Update,
     UpdateReport,
 )
-from .base import (
-    AlgorithmBase,
-    ExpertFields,
-    PolicyFields,
-    Setup,
-    rollout_rows,
-    surrogate_needs,
-)
+from .base import AlgorithmBase, ExpertFields, PolicyFields, Setup, surrogate_needs
 from .chord import chord_loss
 from .losses import Members, policy_component
+from .rows import rollout_rows
 
 MIN_PRODUCT = 1e-12
 MetaGradient = Literal["cosine", "raw"]

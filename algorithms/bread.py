@@ -33,16 +33,11 @@ from ..engine.types import (
     StepPlan,
     Update,
 )
-from .base import (
-    AlgorithmBase,
-    PolicyFields,
-    Setup,
-    rollout_rows,
-    surrogate_needs,
-)
+from .base import AlgorithmBase, PolicyFields, Setup, surrogate_needs
 from .grpo import grpo_loss
 from .losses import Normalizer
 from .rounds import all_failed, groups_by_prompt
+from .rows import rollout_rows
 
 
 class BreadConfig(PolicyFields):

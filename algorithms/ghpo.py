@@ -23,16 +23,11 @@ from pydantic import Field
 
 from ..engine.contracts import DrawFn, LossFn, Need
 from ..engine.types import RolloutGroup, RolloutRequest, Source, StepPlan, TokenIds, Update
-from .base import (
-    AlgorithmBase,
-    PolicyFields,
-    Setup,
-    rollout_rows,
-    surrogate_needs,
-)
+from .base import AlgorithmBase, PolicyFields, Setup, surrogate_needs
 from .grpo import grpo_loss
 from .losses import Normalizer
 from .rounds import all_failed, groups_by_prompt
+from .rows import rollout_rows
 
 
 class GhpoConfig(PolicyFields):

@@ -36,8 +36,9 @@ from ..engine.types import (
     Update,
 )
 from .advantages import uniform_groups
-from .base import AlgorithmBase, PolicyFields, RolloutFields, Setup, rollout_rows, surrogate_needs
+from .base import AlgorithmBase, PolicyFields, RolloutFields, Setup, surrogate_needs
 from .losses import Members, Normalizer, entropy_component, kl_component, policy_component
+from .rows import rollout_rows
 
 
 class GrpoConfig(PolicyFields):

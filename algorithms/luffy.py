@@ -41,13 +41,11 @@ from .base import (
     GroupFields,
     PolicyFields,
     credit_groups,
-    demonstrated,
-    rollout_rows,
-    scored_expert_rows,
     surrogate_needs,
 )
 from .grpo import regularize
 from .losses import Members, Normalizer, surrogate
+from .rows import demonstrated, rollout_rows, scored_expert_rows
 
 if TYPE_CHECKING:
     from torch import Tensor

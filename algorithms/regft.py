@@ -32,8 +32,9 @@ from ..engine.types import (
     StepPlan,
     Update,
 )
-from .base import AlgorithmBase, Setup, make_row
+from .base import AlgorithmBase, Setup
 from .rounds import groups_by_prompt
+from .rows import make_row
 from .sft import Sft, SupervisedFields
 
 

@@ -29,17 +29,10 @@ from ..engine.types import (
     TrainBatch,
     Update,
 )
-from .base import (
-    AlgorithmBase,
-    ExpertFields,
-    PolicyFields,
-    Setup,
-    expert_row,
-    rollout_rows,
-    surrogate_needs,
-)
+from .base import AlgorithmBase, ExpertFields, PolicyFields, Setup, surrogate_needs
 from .grpo import regularize
 from .losses import Normalizer, expert_component, policy_component
+from .rows import expert_row, rollout_rows
 
 Route = Literal["rl", "sft"]
 

@@ -43,13 +43,11 @@ from .base import (
     PolicyFields,
     Setup,
     credit_groups,
-    demonstrated,
-    rollout_rows,
-    scored_expert_rows,
     surrogate_needs,
 )
 from .grpo import regularize
 from .losses import Members, Normalizer, policy_component
+from .rows import demonstrated, rollout_rows, scored_expert_rows
 
 
 class VisurfConfig(PolicyFields):

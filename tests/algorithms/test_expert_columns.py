@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from plait.algorithms import ALGORITHMS, Setup
-from plait.algorithms.base import expert_row, rollout_rows
+from plait.algorithms.rows import expert_row, rollout_rows
 from plait.engine.errors import DataError
 from plait.engine.types import Demonstration, Prompt, Rollout, RolloutGroup, Sampling, Score, Source
 from plait.launch.demonstrations import check_demonstrations
