@@ -27,6 +27,9 @@ class LoopConfig(Section):
     """Prompts of one optimizer step; must divide prompts_per_step. null: the whole step is one minibatch."""
     epochs: int = Field(default=1, ge=1)
     """Passes over the step's rows."""
+    save_batch_every: int = Field(default=0, ge=0)
+    """Each so many steps, write the step's prompts, demonstrations and scored rollouts to batches/ for `plait ask`. 0:
+    never."""
     gradient_every: int = Field(default=0, ge=0)
     """Each so many steps, measure the gradients of expert and policy tokens apart, before the step's updates, for the
     metrics ledger/*gradient*; costs one more forward and backward pass of each source. 0: never."""

@@ -20,6 +20,7 @@ from .contracts import Algorithm, DataSource, Learners, RolloutPool, Scorer
 from .ledger import expert_ledger, gradient_ledger, split_by_source
 from .metrics import EvalResult, RunLog, evaluate_groups, step_metrics
 from .probes import GradientProbe
+from .saved_batch import save_batch
 from .sync_proof import Tolerance, prove_sync
 from .types import (
     Prompt,
@@ -92,6 +93,9 @@ def train(config: LoopConfig, evaluation: EvalConfig, sampling: Sampling, parts:
         ledger |= expert_ledger(algorithm, [*prompts, *experts], groups, updates, step)
         metrics = step_metrics(state, rounds, updates, reports, algorithm.metrics())
         log.step(state, groups, metrics | ledger)
+        if due(state.step, config.save_batch_every):
+            name = f"step-{state.step:06d}.json"
+            save_batch(log.folder / "batches" / name, step, [*prompts, *experts], groups)
 
         last = end_reason(config, state) is not None
         if evaluation.num_prompts and (last or due(state.step, evaluation.every)):

@@ -157,6 +157,33 @@ def plan(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = Fa
 
 
 @app.command()
+def ask(
+    batch: Annotated[
+        Path, typer.Argument(help="A run folder (its newest batch), or a batch file.")
+    ],
+    algorithm: Annotated[str, typer.Option(help="Methods, separated by commas.")],
+    recipe: Annotated[str | None, typer.Option(help="Default: the recipe of the run.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Default: the run's export, else the recipe's model.")
+    ] = None,
+    step: Annotated[
+        int | None, typer.Option(min=0, help="Completed steps for schedules; default: the batch's.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Loss and gradients by source that each method would produce on one saved minibatch; no cluster."""
+    from .ask import ask as compute
+    from .ask import find_question, print_answers, to_json
+
+    question = find_question(batch, recipe, model)
+    answers = compute(question, algorithm.split(","), step)
+    if as_json:
+        print(json.dumps(to_json(question, answers)))
+    else:
+        print_answers(question, answers)
+
+
+@app.command()
 def model(name: Annotated[str, typer.Argument(help="For example smollm2-135m-instruct.")]) -> None:
     """Make a packaged model a Hugging Face checkpoint in the cache, and print its folder."""
     from .model import resolve_model
