@@ -24,7 +24,6 @@ from pydantic import Field, model_validator
 
 from ..engine.contracts import DrawFn
 from ..engine.types import (
-    TOKEN_COLUMNS,
     Prompt,
     RolloutGroup,
     RolloutRequest,
@@ -51,13 +50,7 @@ class RegftConfig(SupervisedFields):
 
     @model_validator(mode="after")
     def _own_solutions_carry_no_columns(self) -> RegftConfig:
-        loss = self.expert_loss
-        stored = sorted(loss.needs & (set(TOKEN_COLUMNS) - {"ref_logprobs"}))
-        if stored or loss.remembers:
-            raise ValueError(
-                f"algorithm.expert_loss.type = {loss.type!r} reads {', '.join(stored) or 'earlier visits'} of its "
-                "rows, which solutions that were just sampled do not have; choose another"
-            )
+        self.refuse_stored_columns()
         return self
 
 

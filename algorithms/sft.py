@@ -2,22 +2,35 @@
 
 Objective: expert loss over EXPERT tokens - entropy_coef x entropy of EXPERT tokens.
 
-Only expert rows; each step trains the demonstrations of its prompts. Departs from common trainers in one point: the
-mean is over all tokens of the minibatch (or its rows), not a mean of micro-batch means, so results do not depend on
-packing or accumulation.
+Only expert rows; each step trains the demonstrations of its prompts, or what `data_selection` leaves of them. Departs
+from common trainers in one point: the mean is over all tokens of the minibatch (or its rows), not a mean of micro-batch
+means, so results do not depend on packing or accumulation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..engine.contracts import LossFn, Need
-from ..engine.types import LossOutput, PolicyOutput, Prompt, Sample, StepPlan, TrainBatch
-from .base import AlgorithmBase, AlgorithmConfig
+from ..engine.ledger import ExpertLedger
+from ..engine.types import (
+    TOKEN_COLUMNS,
+    LossOutput,
+    PolicyOutput,
+    Prompt,
+    RolloutGroup,
+    Sample,
+    StepPlan,
+    TrainBatch,
+    Update,
+)
+from .base import AlgorithmBase, AlgorithmConfig, Setup
+from .data_selection import DataSelection, Selection, SelfResponse
 from .expert_losses import ExpertLoss, Nll
 from .losses import Members, Normalizer, entropy_component, expert_component
 
@@ -31,9 +44,27 @@ class SupervisedFields(AlgorithmConfig):
     """Of the expert component."""
     entropy_coef: float = Field(default=0.0, ge=0)
 
+    def refuse_stored_columns(self) -> None:
+        """Raises ValueError where the expert loss reads what the data stores: rows that were just sampled have none."""
+        loss = self.expert_loss
+        stored = sorted(loss.needs & ({*TOKEN_COLUMNS} - {"ref_logprobs"}))
+        if stored or loss.remembers:
+            raise ValueError(
+                f"algorithm.expert_loss.type = {loss.type!r} reads {', '.join(stored) or 'earlier visits'} of its "
+                "rows, which solutions that were just sampled do not have; choose another"
+            )
+
 
 class SftConfig(SupervisedFields):
     type: Literal["sft"] = "sft"
+    data_selection: DataSelection | None = None
+    """Which of a step's demonstrations train (docs/expert-losses.md); null: all."""
+
+    @model_validator(mode="after")
+    def _own_responses_carry_no_columns(self) -> SftConfig:
+        if isinstance(self.data_selection, SelfResponse):
+            self.refuse_stored_columns()
+        return self
 
 
 def sft_loss(
@@ -53,6 +84,11 @@ class Sft(AlgorithmBase):
     Config = SftConfig
     every_prompt_demonstrated = True
 
+    def __init__(self, config: SupervisedFields, setup: Setup) -> None:
+        super().__init__(config, setup)
+        rule = getattr(config, "data_selection", None)
+        self.selection = None if rule is None else Selection(rule)
+
     @property
     def losses(self) -> Mapping[str, LossFn]:
         return {"main": partial(sft_loss, config=self.config)}
@@ -62,10 +98,41 @@ class Sft(AlgorithmBase):
         needs: set[Need] = {"demonstrations"}
         if self.config.entropy_coef > 0:
             needs.add("entropy")
+        if self.selection is not None:
+            needs |= self.selection.rule.needs
         return {"main": frozenset(needs) | self.config.expert_loss.needs}
 
     def plan(self, prompts: Sequence[Prompt], experts: Sequence[Prompt], step: int) -> StepPlan:
-        return StepPlan(experts=tuple(prompts))
+        if self.selection is None:
+            return StepPlan(experts=tuple(prompts))
+        return StepPlan(self.selection.requests(prompts, self.setup.sampling), tuple(prompts))
+
+    def assemble(
+        self, plan: StepPlan, groups: Sequence[RolloutGroup], step: int
+    ) -> Sequence[Update]:
+        rows = self.demonstration_rows(plan.experts)
+        if self.selection is not None:
+            rows = self.selection.rows(rows, groups)
+        return [self.update(rows, self.coefs(step))]
 
     def credit(self, samples: Sequence[Sample]) -> list[Sample]:
         return list(samples)
+
+    def finish(self, batch: TrainBatch) -> TrainBatch:
+        return batch if self.selection is None else self.selection.finish(batch)
+
+    def ledger(self, updates: Sequence[Update], step: int) -> ExpertLedger:
+        known = super().ledger(updates, step)
+        return known if self.selection is None else replace(known, dropped=self.selection.dropped)
+
+    def metrics(self) -> Mapping[str, float]:
+        return {} if self.selection is None else self.selection.metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        return state if self.selection is None else {**state, "selection": self.selection.state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        if self.selection is not None:
+            self.selection.state = dict(state["selection"])

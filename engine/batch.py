@@ -16,7 +16,14 @@ from torch import Tensor
 
 from .types import Denominators, Sample, Source, TrainBatch
 
-ROW_FIELDS = ("rewards", "group_ids", "row_seeds", "previous_losses")
+ROW_FIELDS = (
+    "rewards",
+    "group_ids",
+    "row_seeds",
+    "previous_losses",
+    "logit_norms",
+    "logit_sketches",
+)
 
 
 def collate(samples: Sequence[Sample], dtype: torch.dtype = torch.float32) -> TrainBatch:

@@ -3,7 +3,7 @@
 Defaults are the vetted setting. Models are frozen, unknown keys are errors, and no validator ever assigns.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -50,10 +50,57 @@ class LoopConfig(Section):
         return self.prompts_per_step // (self.prompts_per_minibatch or self.prompts_per_step)
 
 
+class HalfConfig(Section):
+    type: Literal["half"]
+    fraction: float = Field(default=0.5, gt=0, lt=1)
+    """Share of the tensors that is frozen, in each block of layers."""
+    redraw_steps: int = Field(default=100, ge=1)
+    """Optimizer steps until others are drawn."""
+
+
+class GradientMagnitudeConfig(Section):
+    type: Literal["gradient_magnitude"]
+    keep_fraction: float = Field(default=0.2, gt=0, le=1)
+    """Share of each tensor that a step changes: the entries with the largest accumulated gradient."""
+
+
+class PrincipalWeightsConfig(Section):
+    type: Literal["principal_weights"]
+    rank: int = Field(default=128, ge=1)
+    """Of the approximation whose largest entries are trained."""
+    keep_fraction: float = Field(default=0.05, gt=0, le=1)
+    """Share of each matrix that is trained."""
+    refresh_steps: int = Field(default=200, ge=1)
+    """Optimizer steps until the entries are chosen anew."""
+
+
+class PatternConfig(Section):
+    type: Literal["pattern"]
+    trainable: list[str] = []
+    """Names of trained parameters, with * for any text: `model.layers.*.mlp.*`."""
+    neurons: dict[str, list[int]] = {}
+    """Trained rows of parameters: name, with * for any text, to row numbers."""
+
+    @model_validator(mode="after")
+    def _trains_something(self) -> "PatternConfig":
+        if not self.trainable and not self.neurons:
+            raise ValueError("trains nothing; name parameters in trainable or neurons")
+        return self
+
+
 class LoraConfig(Section):
+    type: Literal["lora"]
     rank: int = Field(default=16, ge=1)
     alpha: float = Field(default=32.0, gt=0)
-    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    train_a: bool = True
+    """false: only B of the update B A is trained."""
+
+
+ParameterSelection = Annotated[
+    HalfConfig | GradientMagnitudeConfig | PrincipalWeightsConfig | PatternConfig | LoraConfig,
+    Field(discriminator="type"),
+]
 
 
 class LearnerConfig(Section):
@@ -86,8 +133,8 @@ class LearnerConfig(Section):
     gradient_checkpointing: bool = False
     attention: Literal["auto", "segments", "flash_attention_2"] = "auto"
     """auto: flash_attention_2 on CUDA where flash-attn is installed, else plait's segment attention."""
-    lora: LoraConfig | None = None
-    """Train low-rank adapters instead of all weights."""
+    parameter_selection: ParameterSelection | None = None
+    """Which parameters the optimizer may change (docs/parameter-selection.md); null: all."""
     timeout_seconds: float = Field(default=1800.0, gt=0)
     """Deadline of every call to a learner rank and of every collective."""
 
@@ -100,6 +147,11 @@ class LearnerConfig(Section):
                 "ZeRO holds the float32 master weights"
             )
         return self
+
+    @property
+    def adapters(self) -> LoraConfig | None:
+        chosen = self.parameter_selection
+        return chosen if isinstance(chosen, LoraConfig) else None
 
 
 class EvalConfig(Section):

@@ -31,6 +31,8 @@ Need = Literal[
     "values",
     "entropy",
     "old_entropy",
+    "recorded_logprobs",
+    "row_sketch",
     "token_samples",
     "demonstrations",
     "demonstration_scores",
@@ -52,6 +54,8 @@ From `token_weights` to `behaviour_logprobs`: the data stores it with each demon
 of demonstrations. `ref_logprobs` are the data's where it has them, else the frozen reference's.
 `token_samples` are drawn in the forward pass as the algorithm's `token_sampling` says and come as `out.samples`;
 `entropy` is differentiable and current; `old_entropy` and `old_logprobs` are recorded before the first update.
+`recorded_logprobs` are old log-probs that `finish` reads: they are recorded even where one optimizer step takes the
+whole batch and they equal the current ones. `row_sketch`: nuclear norm and sketch of each row's logits (row_sketch.py).
 """
 
 UNAVAILABLE: Mapping[str, str] = {

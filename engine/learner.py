@@ -28,6 +28,7 @@ from .contracts import LossFn, Need
 from .errors import LearnerError
 from .gradients import gram_matrix, keep_source
 from .model_engine import ModelEngine
+from .parameter_selection import make_mask
 from .types import (
     PolicyOutput,
     Source,
@@ -91,6 +92,7 @@ class LearnerWorker:
         needs: Mapping[str, frozenset[Need]],
         rank: Rank,
         token_sampling: TokenSampling | None = None,
+        seed: int = 0,
     ) -> None:
         from .model import PolicyModel, load_model
 
@@ -116,10 +118,11 @@ class LearnerWorker:
         self.reference: PolicyModel | None = None
         self.reference_moved = False
         if any("ref_logprobs" in need for need in needs.values()):
-            frozen = load_model(model_path, config.model_copy(update={"lora": None}))
+            frozen = load_model(model_path, config.model_copy(update={"parameter_selection": None}))
             frozen.requires_grad_(False).eval().to(self.device)
             self.reference = PolicyModel(frozen, packing=config.packing, logit_chunk_tokens=chunk)
         self.engine = ModelEngine(policy, config, POLICY)
+        self.engine.mask = make_mask(self.engine.deepspeed, config, seed)
         policy.check_head()
         self.sender: WeightSender | None = None
 
@@ -153,17 +156,20 @@ class LearnerWorker:
     def annotate(
         self, micro_batches: Sequence[TrainBatch], needs: frozenset[Need]
     ) -> list[dict[str, Tensor]]:
-        """No-grad columns [T] of each micro-batch: old_logprobs, old_entropy, ref_logprobs as declared."""
+        """No-grad columns of each micro-batch, as declared: log-probs and entropy [T], sketches [N]."""
         columns: list[dict[str, Tensor]] = []
         for micro_batch in micro_batches:
             batch = self._to_device(micro_batch)
             column: dict[str, Tensor] = {}
             with torch.no_grad():
-                if needs & {"old_logprobs", "old_entropy"}:
+                if needs & {"old_logprobs", "old_entropy", "row_sketch"}:
+                    self.engine.module.keeps_hidden = "row_sketch" in needs
                     logprobs, entropy, _ = self.engine(batch, "old_entropy" in needs)
                     column["old_logprobs"] = logprobs
                     if entropy is not None:
                         column["old_entropy"] = entropy
+                if "row_sketch" in needs:
+                    column |= self.engine.module.sketch_rows(batch, self.config.zero_stage)
                 if "ref_logprobs" in needs:
                     assert self.reference is not None
                     column["ref_logprobs"], _, _ = self.reference(batch, False)
@@ -193,6 +199,8 @@ class LearnerWorker:
         Raises LearnerError naming the metric when the loss or a gradient is not finite; nothing is applied then.
         """
         metrics = self._accumulate(micro_batches, loss_name, coefs)
+        if self.engine.mask is not None:
+            metrics["trained_share"] = self.engine.mask.select()
         grad_norm = self.engine.apply(learning_rate, optimizer)
         return UpdateReport(loss_name, grad_norm, metrics, learning_rate)
 
@@ -356,7 +364,7 @@ class LearnerWorker:
             if self.rank.index == 0
         }
         if self.rank.index == 0:
-            base = type(model)(model.config) if self.config.lora else model
+            base = type(model)(model.config) if self.config.adapters else model
             base.save_pretrained(folder, state_dict=state)
             AutoTokenizer.from_pretrained(self.model_path).save_pretrained(folder)
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .batch import count, partition, seed_of, select, split_minibatches
+from .batch import ROW_FIELDS, count, partition, seed_of, select, split_minibatches
 from .config import LearnerConfig
 from .contracts import LossFn, Need, PrepareFn, RememberFn
 from .errors import LearnerError
@@ -62,6 +62,7 @@ class RayRanks:
         env: Mapping[str, str],
         gpu_share: float = 1.0,
         token_sampling: TokenSampling | None = None,
+        seed: int = 0,
     ) -> None:
         """`gpu_share` is what a rank claims of its GPU: less than 1 where a rollout worker lives there too."""
         import ray
@@ -84,6 +85,7 @@ class RayRanks:
                 needs,
                 Rank(i, self.world_size, address, port),
                 token_sampling,
+                seed,
             )
             for i, worker in enumerate(self.workers)
         ]
@@ -167,13 +169,15 @@ class LearnerGroup:
         self.total_steps, self.seed, self.route = total_steps, seed, route
 
     def annotate(self, batch: TrainBatch, needs: frozenset[Need], *, single: bool) -> TrainBatch:
-        """Fill old_logprobs, old_entropy and ref_logprobs where `needs` names them.
+        """Fill old_logprobs, old_entropy, ref_logprobs and the sketch of each row where `needs` names them.
 
         With `single` (one optimizer step takes the whole batch) old log-probs are the current ones, so no pass is run
         for them alone.
         """
-        wanted = needs & {"old_logprobs", "old_entropy", "ref_logprobs"}
-        if single and "old_entropy" not in wanted:
+        wanted = needs & {"old_logprobs", "old_entropy", "ref_logprobs", "row_sketch"}
+        if "recorded_logprobs" in needs:
+            wanted |= {"old_logprobs"}
+        elif single and not wanted & {"old_entropy", "row_sketch"}:
             wanted -= {"old_logprobs"}
         if batch.ref_logprobs is not None and not batch.ref_logprobs[batch.trained].isnan().any():
             wanted -= {"ref_logprobs"}
@@ -190,8 +194,10 @@ class LearnerGroup:
                 if not spans:
                     continue
                 for name, values in column.items():
-                    target = columns.setdefault(name, torch.zeros(batch.num_tokens))
-                    target[torch.cat(spans)] = values
+                    by_row = name in ROW_FIELDS
+                    shape = batch.num_rows if by_row else batch.num_tokens, *values.shape[1:]
+                    target = columns.setdefault(name, torch.zeros(shape))
+                    target[rows if by_row else torch.cat(spans)] = values
         stored = batch.ref_logprobs
         if stored is not None and "ref_logprobs" in columns:
             # What the data stores of a token is the word of whoever wrote the data.

@@ -32,6 +32,8 @@ class ExpertLedger:
     """Prompts kept for later steps."""
     unused: Mapping[str, str] = field(default_factory=dict)
     """prompt_id -> why its demonstration did not train: solved, too_short, buffered, ..."""
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    """The same for prompts whose rows say otherwise: dropped later, or EXPERT tokens that are no demonstration."""
 
 
 def uses_demonstrations(algorithm: Algorithm) -> bool:
@@ -66,10 +68,11 @@ def expert_ledger(
     everyone = {p.prompt_id: p for p in [*prompts, *(group.prompt for group in groups)]}
     rows = [sample for update in updates for sample in update.samples]
     used = {sample.group_id for sample in rows if trains(sample, Source.EXPERT)}
+    used -= known.dropped.keys()
     scored = {group.prompt.prompt_id for group in groups if group.rewards}
     unscored = {group.prompt.prompt_id for group in groups} - scored
     counts = Counter(
-        unused_reason(prompt, known.unused, unscored)
+        unused_reason(prompt, {**known.unused, **known.dropped}, unscored)
         for prompt in everyone.values()
         if prompt.prompt_id not in used
     )

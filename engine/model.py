@@ -17,8 +17,10 @@ from transformers.utils import is_flash_attn_2_available
 
 from .attention import SEGMENTS
 from .batch import from_sequences
-from .config import LearnerConfig
+from .config import LearnerConfig, PatternConfig
 from .errors import LearnerError
+from .parameter_selection import freeze_unmatched
+from .row_sketch import sketch_rows
 from .token_samples import draw, expected_sums, sampled_sums, uniforms
 from .types import TokenSampling, TrainBatch
 
@@ -75,6 +77,9 @@ class PolicyModel(nn.Module):
         self.logit_chunk_tokens = logit_chunk_tokens
         self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
         self.hidden_grads: list[Tensor] = []
+        self.keeps_hidden = False
+        """True: the next forward pass leaves what predicts its trained tokens for `sketch_rows`."""
+        self._hidden: Tensor | None = None
 
     def forward(
         self, batch: TrainBatch, with_entropy: bool, with_samples: bool = False
@@ -89,6 +94,8 @@ class PolicyModel(nn.Module):
         hidden = self.hidden_states(batch)[targets - 1]
         if hidden.requires_grad:
             hidden.register_hook(self._keep_hidden_grad)
+        if self.keeps_hidden:
+            self._hidden, self.keeps_hidden = hidden.detach(), False
         inputs = [hidden, batch.input_ids[targets]]
         if with_samples:
             if batch.row_seeds is None or self.token_sampling is None:
@@ -108,6 +115,18 @@ class PolicyModel(nn.Module):
         columns = [c.new_zeros(batch.num_tokens).index_copy(0, targets, c) for c in flat]
         samples = (columns[-3], columns[-2], columns[-1]) if with_samples else None
         return columns[0], columns[1] if with_entropy else None, samples
+
+    def sketch_rows(self, batch: TrainBatch, zero_stage: int) -> dict[str, Tensor]:
+        """`logit_norms` and `logit_sketches` of the rows that `forward` has just seen. Collective under ZeRO-3."""
+        import deepspeed
+
+        assert self._hidden is not None, "set keeps_hidden before the forward pass"
+        hidden, self._hidden = self._hidden, None
+        head = self.model.get_output_embeddings()
+        lengths = batch.row_ids[batch.trained].bincount(minlength=batch.num_rows).tolist()
+        with deepspeed.zero.GatheredParameters(list(head.parameters()), enabled=zero_stage == 3):
+            norms, sketches = sketch_rows(hidden, lengths, head, self.softcap)
+        return {"logit_norms": norms, "logit_sketches": sketches}
 
     def hidden_states(self, batch: TrainBatch) -> Tensor:
         """Last hidden state of every token: [T, hidden]."""
@@ -202,7 +221,7 @@ class PolicyModel(nn.Module):
 
 
 def load_model(path: str, config: LearnerConfig) -> nn.Module:
-    """The causal LM at `path`, in the learner's dtype, dropout off, with adapters where the recipe asks for them."""
+    """The causal LM at `path`, in the learner's dtype, dropout off, with the recipe's adapters or frozen parameters."""
     attention = attention_implementation(config)
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=DTYPES[config.dtype], attn_implementation=attention
@@ -212,17 +231,23 @@ def load_model(path: str, config: LearnerConfig) -> nn.Module:
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
-    if config.lora is not None:
+    lora = config.adapters
+    if lora is not None:
         import peft
 
         adapters = peft.LoraConfig(
-            r=config.lora.rank,
-            lora_alpha=config.lora.alpha,
-            target_modules=config.lora.target_modules,
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            target_modules=lora.targets,
             lora_dropout=0.0,
             task_type="CAUSAL_LM",
         )
         model = peft.get_peft_model(model, adapters).get_base_model()
+        for name, parameter in model.named_parameters():
+            if ".lora_A." in name:
+                parameter.requires_grad_(lora.train_a)
+    if isinstance(config.parameter_selection, PatternConfig):
+        freeze_unmatched(model, config.parameter_selection)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()

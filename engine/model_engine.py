@@ -15,6 +15,7 @@ from torch import Tensor
 from .config import LearnerConfig
 from .errors import CheckpointError, LearnerError
 from .optimizer_states import MAIN, OptimizerStates
+from .parameter_selection import UpdateMask
 
 
 def deepspeed_config(config: LearnerConfig) -> dict[str, Any]:
@@ -55,6 +56,8 @@ class ModelEngine:
             dist_init_required=False,
         )[0]
         self.moments = OptimizerStates(self.deepspeed)
+        self.mask: UpdateMask | None = None
+        """Which entries a step may change; its owner lets it choose before each `apply`. None: all."""
 
     @property
     def module(self) -> Any:
@@ -118,6 +121,8 @@ class ModelEngine:
     def save(self, folder: str, rank: int) -> None:
         self.deepspeed.save_checkpoint(folder, tag=self.name, save_latest=False)
         self.moments.save(Path(folder) / self.name, rank)
+        if self.mask is not None:
+            self.mask.save(Path(folder) / self.name)
 
     def load(self, folder: str, rank: int) -> None:
         """Raises CheckpointError where `folder` holds no complete state of this model."""
@@ -129,6 +134,8 @@ class ModelEngine:
                 f"{folder}: DeepSpeed found no complete state of the {self.name} there"
             )
         self.moments.load(Path(folder) / self.name, rank)
+        if self.mask is not None:
+            self.mask.load(Path(folder) / self.name)
 
 
 def make_optimizer(module: torch.nn.Module, config: LearnerConfig) -> torch.optim.Optimizer:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError
+from .master_weights import inner_optimizer, master_weights
 
 MAIN = "main"
 
@@ -55,14 +56,14 @@ class OptimizerStates:
     def save(self, folder: Path, rank: int) -> None:
         """One file a set and rank, beside DeepSpeed's own."""
         for name, states in self._others.items():
-            place = {parameter: i for i, parameter in enumerate(self._master_weights())}
+            place = {parameter: i for i, parameter in enumerate(master_weights(self._engine))}
             content = {place[parameter]: state for parameter, state in states.items()}
             torch.save(content, folder / _file(name, rank))
 
     def load(self, folder: Path, rank: int) -> None:
         """Raises CheckpointError where the folder holds a set for other ranks only."""
         self._others.clear()
-        weights = self._master_weights()
+        weights = master_weights(self._engine)
         for name in sorted({path.name.split("-")[1] for path in folder.glob(_file("*", "*"))}):
             path = folder / _file(name, rank)
             if not path.exists():
@@ -76,17 +77,7 @@ class OptimizerStates:
 
     @property
     def _inner(self) -> Any:
-        """The torch optimizer, which DeepSpeed wraps under ZeRO and for bfloat16."""
-        optimizer = self._engine.optimizer
-        return getattr(optimizer, "optimizer", optimizer)
-
-    def _master_weights(self) -> list[Tensor]:
-        """This rank's parameters as its torch optimizer sees them, in a fixed order."""
-        # ZeRO-3 steps sub-groups of parameters one by one and empties the param_groups in between.
-        groups = getattr(self._engine.optimizer, "fp32_partitioned_groups_flat", None)
-        if groups is not None:
-            return list(groups)
-        return [p for group in self._inner.param_groups for p in group["params"]]
+        return inner_optimizer(self._engine)
 
 
 def _file(name: str, rank: int | str) -> str:

@@ -307,6 +307,9 @@ class TrainBatch:
     behaviour_logprobs: Tensor | None = None
     """Of the policy that wrote the demonstration."""
     prompt_attention: Tensor | None = None
+    # Where `row_sketch` is a need:
+    logit_norms: Tensor | None = None  # float [N], over the row's trained tokens
+    logit_sketches: Tensor | None = None  # float [N, SKETCH_SIZE]
     # Set by an algorithm's `prepare`, over the whole minibatch:
     previous_losses: Tensor | None = None
     """float [N]: the row's mean loss at its last visit, NaN on the first."""

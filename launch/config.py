@@ -32,6 +32,8 @@ from ..rollouts.config import DataConfig, RolloutConfig
 
 RECIPES = Path(__file__).parent / "recipes"
 Raw = dict[str, Any]
+HOSTS = {"data_selection": " here; it needs a host whose expert rows stand alone: sft"}
+"""Keys that only some algorithms have, with the place for them."""
 
 
 class RunConfig(Section):
@@ -221,7 +223,8 @@ def as_problem(details: Any, raw: Raw, schema: type[BaseModel]) -> Problem:
     name = ".".join(path) or "recipe"
     match details["type"]:
         case "extra_forbidden":
-            return Problem(name, details["input"], f"unknown key{did_you_mean(path, raw, schema)}")
+            hint = HOSTS.get(path[-1]) or did_you_mean(path, raw, schema)
+            return Problem(name, details["input"], f"unknown key{hint}")
         case "missing":
             return Problem(name, None, "required; add it to the recipe")
         case "value_error":
@@ -379,5 +382,12 @@ def unfed_by(section: str, algorithm: AlgorithmBase) -> list[Problem]:
 
 def needs_reward(recipe: Recipe) -> bool:
     return recipe.eval.num_prompts > 0 or any(
-        hasattr(config, "rollouts_per_prompt") for config in recipe.algorithm.sections.values()
+        samples_rollouts(config) for config in recipe.algorithm.sections.values()
     )
+
+
+def samples_rollouts(config: AlgorithmConfig) -> bool:
+    """Rollouts of its own, or those that its data selection judges demonstrations by."""
+    selection = getattr(config, "data_selection", None)
+    judges = selection is not None and selection.num_rollouts > 0
+    return judges or hasattr(config, "rollouts_per_prompt")

@@ -35,6 +35,7 @@ from .golden_expert import (
 )
 from .golden_prefix import PREFIX_TRACES, recorded_entropy, token_samples
 from .golden_rounds import ROUND_TRACES
+from .golden_selection import trace_selection
 
 SCHEMA = 1
 TOLERANCE = 1e-6
@@ -288,7 +289,8 @@ def run_trace(case: Case) -> dict[str, Any]:
     """Decisions over several steps, by the algorithm's own tracer."""
     algorithm = build(case)
     if case["algorithm"] == "sft":
-        return {"outputs": trace_expert_loss(algorithm, case["inputs"])}
+        trace = trace_selection if algorithm.config.data_selection else trace_expert_loss
+        return {"outputs": trace(algorithm, case["inputs"])}
     tracer = TRACES.get(case["algorithm"])
     if tracer is None:
         raise CaseError(f"{case['algorithm']} has no trace; known: {', '.join(TRACES)}")

@@ -140,7 +140,7 @@ def learner_bytes(
     """Weights, gradients, master weights with Adam moments, activations and one chunk of logits."""
     learner = recipe.learner
     ranks, stage, width = learner.num_workers, learner.zero_stage, BYTES[learner.dtype]
-    trained = parameters if learner.lora is None else parameters // 50
+    trained = parameters if learner.adapters is None else parameters // 50
     weights = parameters * width / (ranks if stage == 3 else 1)
     gradients = trained * 4 / (ranks if stage >= 2 else 1)
     master = 4 if learner.dtype == "bfloat16" or stage else 0

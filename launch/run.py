@@ -233,6 +233,7 @@ def start_ranks(recipe: Recipe, algorithm: AlgorithmBase, model_path: str) -> An
         learner_env(),
         recipe.rollouts.gpu_share,
         algorithm.token_sampling,
+        recipe.run.seed,
     )
 
 

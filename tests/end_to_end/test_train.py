@@ -134,7 +134,11 @@ def test_own_reward_and_method_from_a_folder_on_two_ranks(work_folder, tiny_mode
     recipe = tiny_recipe(
         tiny_model,
         reward="rewards:my_reward",
-        learner={"num_workers": 2, "zero_stage": 2, "lora": {"rank": 4}},
+        learner={
+            "num_workers": 2,
+            "zero_stage": 2,
+            "parameter_selection": {"type": "lora", "rank": 4},
+        },
         rollouts={"num_workers": 2},
         loop={"steps": 2, "prompts_per_step": 4, "prompts_per_minibatch": 2},
     )

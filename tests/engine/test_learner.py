@@ -195,7 +195,10 @@ def test_training_lowers_the_loss_and_survives_a_checkpoint(
 def test_lora_trains_adapters_only_and_exports_merged_weights(tiny_model, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    worker = make_worker(tiny_model, LearnerConfig(lora=LoraConfig(rank=4), learning_rate=1e-2))
+    worker = make_worker(
+        tiny_model,
+        LearnerConfig(parameter_selection=LoraConfig(type="lora", rank=4), learning_rate=1e-2),
+    )
     trained = {n for n, p in worker.engine.module.named_parameters() if p.requires_grad}
     assert trained
     assert all("lora_" in name for name in trained)

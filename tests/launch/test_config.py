@@ -70,7 +70,7 @@ def test_the_response_limit_is_shared_unless_it_contradicts(minimal):
         ("model.path.x=3", "holds a value, not a section"),
         ("data.type=parquet", "data"),
         ("data.columns.promt=q", "did you mean 'prompt'"),
-        ("learner.lora.rnak=4", "did you mean 'rank'"),
+        ("learner.parameter_selection={type: lora, rnak: 4}", "did you mean 'rank'"),
     ],
 )
 def test_bad_overrides_are_named(minimal, override, words):
