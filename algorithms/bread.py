@@ -24,6 +24,7 @@ import numpy as np
 from pydantic import Field
 
 from ..engine.contracts import DrawFn, LossFn, Need
+from ..engine.ledger import ExpertLedger
 from ..engine.types import (
     Demonstration,
     RolloutGroup,
@@ -92,6 +93,7 @@ class Bread(AlgorithmBase):
     def __init__(self, config: BreadConfig, setup: Setup) -> None:
         super().__init__(config, setup)
         self._seen: dict[str, float] = {}
+        self._ledger = ExpertLedger()
 
     @property
     def losses(self) -> Mapping[str, LossFn]:
@@ -156,6 +158,15 @@ class Bread(AlgorithmBase):
             self._seen["anchored_share"] = len(anchored) / len(by_prompt)
         if anchored:
             self._seen["prefix_share"] = fmean(prefix_share(group) for group in anchored)
+        self._ledger = ExpertLedger(
+            gate_rate=self._seen.get("anchored_share"),
+            used=frozenset(group.prompt.prompt_id for group in anchored),
+            unused={
+                own.prompt.prompt_id: "no_anchor" if search.probes else "solved"
+                for (own, *_), search in zip(by_prompt, searches, strict=True)
+                if own.rewards and not search.pieces
+            },
+        )
         kept = [one[-1] if s.pieces else one[0] for one, s in zip(by_prompt, searches, strict=True)]
         return [self.update(self.credit(rollout_rows(kept)), self.coefs(step))]
 
@@ -166,6 +177,10 @@ class Bread(AlgorithmBase):
             replace(row, weights=np.where(row.source == Source.EXPERT, 0, row.weights))
             for row in rows
         ]
+
+    def ledger(self, updates: Sequence[Update], step: int) -> ExpertLedger:
+        """Gate: prompts that train an anchored group; the anchor itself has weight 0."""
+        return self._ledger
 
     def metrics(self) -> Mapping[str, float]:
         """Of the last step: probes, share of anchored groups, and the share of the demonstration they were given."""

@@ -22,6 +22,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ..engine.contracts import DrawFn, LossFn, Need
+from ..engine.ledger import ExpertLedger
 from ..engine.types import RolloutGroup, RolloutRequest, Source, StepPlan, TokenIds, Update
 from .base import AlgorithmBase, PolicyFields, Setup, surrogate_needs
 from .grpo import grpo_loss
@@ -53,6 +54,7 @@ class Ghpo(AlgorithmBase):
     def __init__(self, config: GhpoConfig, setup: Setup) -> None:
         super().__init__(config, setup)
         self._stages: dict[str, float] = {}
+        self._ledger = ExpertLedger()
 
     @property
     def losses(self) -> Mapping[str, LossFn]:
@@ -102,8 +104,20 @@ class Ghpo(AlgorithmBase):
             for stage in range(1 + len(self.config.hint_fractions))
             if stages
         }
+        hinted = frozenset(own[0].prompt.prompt_id for own in by_prompt if len(own) > 1)
+        solved = {
+            own[0].prompt.prompt_id: "solved"
+            for own in by_prompt
+            if own[0].rewards and not self.has_failed(own[0])
+        }
+        gate = len(hinted) / len(by_prompt) if by_prompt else None
+        self._ledger = ExpertLedger(gate_rate=gate, used=hinted, unused=solved)
         rows = rollout_rows([stages[-1] for stages in by_prompt], prefix_source=Source.CONTEXT)
         return [self.update(self.credit(rows), self.coefs(step))]
+
+    def ledger(self, updates: Sequence[Update], step: int) -> ExpertLedger:
+        """Gate: prompts that got a hint; a hint is shown and not trained."""
+        return self._ledger
 
     def metrics(self) -> Mapping[str, float]:
         """Share of the last step's prompts that ended at each stage; 0 is the plain prompt."""

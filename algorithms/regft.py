@@ -23,6 +23,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ..engine.contracts import DrawFn
+from ..engine.ledger import ExpertLedger
 from ..engine.types import (
     Prompt,
     RolloutGroup,
@@ -76,6 +77,7 @@ class Regft(Sft):
     def __init__(self, config: RegftConfig, setup: Setup) -> None:
         super().__init__(config, setup)
         self._seen: dict[str, float] = {}
+        self._ledger = ExpertLedger()
 
     def plan(self, prompts: Sequence[Prompt], experts: Sequence[Prompt], step: int) -> StepPlan:
         return AlgorithmBase.plan(self, prompts, (), step)
@@ -117,6 +119,19 @@ class Regft(Sft):
         }
         if scored := sum(bool(own[0].rewards) for own in by_prompt):
             self._seen["hard_share"] = len(hard) / scored
+        kept = {row.group_id for row in rows}
+        hinted = {own[0].prompt.prompt_id for own in by_prompt if len(own) > 1}
+        without_hint = {own[0].prompt.prompt_id for own in hard} - hinted
+        scored_ids = {own[0].prompt.prompt_id for own in by_prompt if own[0].rewards}
+        self._ledger = ExpertLedger(
+            gate_rate=len(hinted) / len(by_prompt) if by_prompt else None,
+            used=frozenset(hinted & kept),
+            unused={
+                **dict.fromkeys(scored_ids - hinted, "solved"),
+                **dict.fromkeys(without_hint, "too_short"),
+                **dict.fromkeys(hinted - kept, "no_right_solution"),
+            },
+        )
         return [self.update(rows, self.coefs(step))] if rows else []
 
     def solution_rows(self, prompt: Prompt, group: RolloutGroup) -> list[Sample]:
@@ -133,6 +148,10 @@ class Regft(Sft):
             for place in keep_candidates(rewards, self.config)
             if (rollout := group.rollouts[place]).token_ids
         ]
+
+    def ledger(self, updates: Sequence[Update], step: int) -> ExpertLedger:
+        """Gate: prompts that were asked again with their demonstration as a hint; its tokens never train."""
+        return self._ledger
 
     def metrics(self) -> Mapping[str, float]:
         """Of the last step: kept solutions, share of hard prompts among scored ones, hard ones that got no hint."""

@@ -1,7 +1,7 @@
 """The expert ledger: what demonstrations did in a step, and what they pull at compared with rollouts.
 
-Names are documented in docs/metrics.md. The same counting serves every method: a demonstration was used when a token
-of it trains. Methods add what only they know (`Algorithm.ledger`).
+Names are documented in docs/metrics.md. The same counting serves every method: a demonstration was used when an EXPERT
+token of its prompt trains. Methods add what only they know (`Algorithm.ledger`).
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ class ExpertLedger:
     """Share of the gate's decisions of this step that let the expert in."""
     buffer_size: int | None = None
     """Prompts kept for later steps."""
+    used: frozenset[str] | None = None
+    """prompt_ids whose demonstration took part, where rows do not show it: a hint is no trained token."""
     unused: Mapping[str, str] = field(default_factory=dict)
     """prompt_id -> why its demonstration did not train: solved, too_short, buffered, ..."""
     dropped: Mapping[str, str] = field(default_factory=dict)
@@ -67,7 +69,9 @@ def expert_ledger(
             metrics[f"ledger/{name}"] = value
     everyone = {p.prompt_id: p for p in [*prompts, *(group.prompt for group in groups)]}
     rows = [sample for update in updates for sample in update.samples]
-    used = {sample.group_id for sample in rows if trains(sample, Source.EXPERT)}
+    used = known.used
+    if used is None:
+        used = {sample.group_id for sample in rows if trains(sample, Source.EXPERT)}
     used -= known.dropped.keys()
     scored = {group.prompt.prompt_id for group in groups if group.rewards}
     unscored = {group.prompt.prompt_id for group in groups} - scored

@@ -18,6 +18,8 @@ class SavedGroup:
     prompt_id: str
     rollouts: tuple[Rollout, ...]
     scores: tuple[Score, ...]
+    asked: Prompt | None = None
+    """What was rolled out, where a round asked in other words than the batch's prompt (with a hint in the text)."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class SavedBatch:
     @property
     def rollout_groups(self) -> list[RolloutGroup]:
         of = {prompt.prompt_id: prompt for prompt in self.prompts}
-        return [RolloutGroup(of[g.prompt_id], g.rollouts, g.scores) for g in self.groups]
+        return [RolloutGroup(g.asked or of[g.prompt_id], g.rollouts, g.scores) for g in self.groups]
 
 
 ADAPTER = TypeAdapter(SavedBatch)
@@ -44,8 +46,18 @@ def save_batch(
     path: Path, step: int, prompts: Sequence[Prompt], groups: Sequence[RolloutGroup]
 ) -> None:
     """Write JSON. Raises DataError where a prompt's metadata is not JSON."""
-    everyone = {p.prompt_id: p for p in [*prompts, *(group.prompt for group in groups)]}
-    saved = tuple(SavedGroup(g.prompt.prompt_id, g.rollouts, g.scores) for g in groups)
+    everyone: dict[str, Prompt] = {}
+    for prompt in [*prompts, *(group.prompt for group in groups)]:
+        everyone.setdefault(prompt.prompt_id, prompt)
+    saved = tuple(
+        SavedGroup(
+            group.prompt.prompt_id,
+            group.rollouts,
+            group.scores,
+            None if group.prompt == everyone[group.prompt.prompt_id] else group.prompt,
+        )
+        for group in groups
+    )
     batch = SavedBatch(step, tuple(everyone.values()), saved)
     try:
         content = ADAPTER.dump_json(batch)

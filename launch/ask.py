@@ -180,7 +180,8 @@ def fit_groups(
                 "ask about a batch of its own run"
             )
         return groups
-    plain = [kept for group in groups if (kept := without_prefixes(group)).rollouts]
+    own_words = [g for g, saved in zip(groups, batch.groups, strict=True) if saved.asked is None]
+    plain = [kept for group in own_words if (kept := without_prefixes(group)).rollouts]
     if not plain:
         raise Unanswerable("it trains plain rollouts, and the batch has none")
     more = algorithm.follow_up([plain], batch.step, lambda n: [])

@@ -15,6 +15,7 @@ from plait.engine.learners import InProcessRank, LearnerGroup
 from plait.engine.loop import Parts, train
 from plait.engine.metrics import RunLog
 from plait.engine.sync_proof import Tolerance
+from plait.launch.ask import ask, find_question
 from plait.launch.config import load_recipe
 from plait.launch.console import PlainConsole
 from plait.launch.run import check_inputs, load_prompts
@@ -85,7 +86,7 @@ def test_it_trains(name, pool, tiny_model, work_folder, demonstrations, monkeypa
         data={"path": "solutions.jsonl"},
         reward="parity:grade",
         rollouts={"max_response_length": MAX_RESPONSE},
-        loop={"steps": STEPS, "prompts_per_step": 4, "gradient_every": 1},
+        loop={"steps": STEPS, "prompts_per_step": 4, "gradient_every": 1, "save_batch_every": 1},
         checkpoint={"every": 2},
     )
     recipe["algorithm"] = algorithm_config
@@ -138,3 +139,5 @@ def test_it_trains(name, pool, tiny_model, work_folder, demonstrations, monkeypa
     restored = build(loaded, data)
     restored.load_state_dict(json.loads(json.dumps(algorithm.state_dict())))
     assert restored.state_dict() == algorithm.state_dict()
+    answers = ask(find_question(folder, f"{name}.yaml", str(tiny_model)), [name], None)
+    assert {a.reason for a in answers} <= {None, "no row of this batch trains with it"}

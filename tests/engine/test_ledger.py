@@ -1,6 +1,7 @@
 """The expert ledger: which demonstrations trained, why others did not, and what both sources pull at."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ from rows import make_rows
 
 from plait.algorithms import Setup
 from plait.algorithms.chord import Chord, ChordConfig
+from plait.algorithms.ghpo import Ghpo, GhpoConfig
 from plait.algorithms.grpo import Grpo, GrpoConfig
 from plait.algorithms.hpt import Hpt, HptConfig
 from plait.algorithms.prefix_rft import PrefixRft, PrefixRftConfig
@@ -28,6 +30,7 @@ from plait.engine.types import (
     RolloutGroup,
     Sampling,
     Score,
+    Source,
     StepPlan,
 )
 
@@ -92,6 +95,22 @@ def test_a_demonstration_too_short_for_a_prefix():
     found = expert_ledger(algorithm, prompts, [], [], 0)
     assert found[f"{PREFIX}too_short"] == 0.5
     assert found[f"{PREFIX}not_planned"] == 0.5
+
+
+def test_a_hint_counts_as_use_though_no_token_of_it_trains():
+    algorithm = Ghpo(GhpoConfig(), SETUP)
+    hinted = [
+        replace(
+            g, rollouts=tuple(replace(r, prefix_len=1, logprobs=(-1.0,) * 2) for r in g.rollouts)
+        )
+        for g in GROUPS[1:2]
+    ]
+    groups = [*GROUPS, *hinted]
+    updates = algorithm.assemble(StepPlan(), groups, 0)
+    found = expert_ledger(algorithm, PROMPTS, groups, updates, 0)
+    assert found["ledger/demonstrations_used"] == found["ledger/gate_rate"] == 0.25
+    assert found[f"{PREFIX}solved"] == 0.25
+    assert not any((s.source == Source.EXPERT).any() for u in updates for s in u.samples)
 
 
 def test_a_method_without_demonstrations_keeps_no_ledger():

@@ -1,7 +1,7 @@
 """`plait ask` on the tiny model: answers add up, and what cannot be answered has a reason."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -49,6 +49,15 @@ def test_a_batch_comes_back_as_it_was(run):
     batch = read_batch(run / "batches" / "step-000007.json")
     assert batch.step == 6
     assert batch.rollout_groups == GROUPS
+
+
+def test_a_prompt_that_was_asked_again_with_a_hint_keeps_both_wordings(run):
+    hinted = replace(GROUPS[0], prompt=replace(GROUPS[0].prompt, token_ids=(9, 9)))
+    path = run / "batches" / "step-000008.json"
+    save_batch(path, 0, [g.prompt for g in GROUPS], [*GROUPS, hinted])
+    assert read_batch(path).rollout_groups == [*GROUPS, hinted]
+    (grpo,) = ask(find_question(path, None, None), ["grpo"], None)
+    assert grpo.policy_tokens == 32, "the hinted rollouts are another method's"
 
 
 def test_every_method_answers_or_says_why_not(run):
