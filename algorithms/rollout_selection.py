@@ -12,7 +12,7 @@ from pydantic import Field
 from ..engine.config import Section
 from ..engine.contracts import Need
 from ..engine.types import RolloutGroup, Sample
-from .base import make_row
+from .rows import make_row
 
 
 @dataclass(frozen=True)
