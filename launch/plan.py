@@ -68,8 +68,9 @@ def make_plan(recipe: Recipe, architecture: Any) -> Plan:
     longest = rollouts.max_prompt_length + rollouts.max_response_length
     per_minibatch = ceil(rows / loop.minibatches)
     per_rank = ceil(per_minibatch / learner.num_workers)
-    single = loop.minibatches * loop.epochs == 1
-    wanted = any("old_logprobs" in needs for needs in algorithm.needs.values())
+    needs = frozenset[str]().union(*algorithm.needs.values())
+    wanted = needs & {"old_logprobs", "old_entropy", "recorded_logprobs", "row_sketch"}
+    single = loop.minibatches * loop.epochs == 1 and wanted <= {"old_logprobs"}
     parameters, hidden, layers, vocabulary = model_size(architecture)
     return Plan(
         algorithm=describe(recipe.algorithm),

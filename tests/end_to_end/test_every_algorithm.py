@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from math import isfinite
 
 import pytest
@@ -43,6 +44,16 @@ CONFIGS = {
 """What an algorithm needs to show all of itself in three steps."""
 
 
+SELECTIONS = {
+    "q_tuning": {},
+    "uds": {"keep_rows": 2},
+    "lobass": {},
+    "self_response": {"max_candidates": 2},
+    "rollout_filter": {"rollouts_per_prompt": 3},
+}
+"""Rules that choose what sft trains."""
+
+
 @pytest.fixture(scope="module")
 def pool(ray_session, tiny_model, work_folder):
     recipe = tiny_recipe(tiny_model, rollouts={"max_response_length": MAX_RESPONSE})
@@ -74,12 +85,38 @@ def build(recipe, data):
     return algorithm
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
-def test_it_trains(name, pool, tiny_model, work_folder, demonstrations, monkeypatch):
+@pytest.fixture
+def train_tiny(pool, tiny_model, work_folder, demonstrations, monkeypatch):
+    """(run's name, algorithm section) -> metrics of its steps."""
     monkeypatch.chdir(work_folder)
-    algorithm_config = {"type": name, **CONFIGS.get(name, {})}
+    return partial(train_section, pool, tiny_model, work_folder)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_it_trains(name, train_tiny):
+    section = {"type": name, **CONFIGS.get(name, {})}
     if "rollouts_per_prompt" in ALGORITHMS[name].Config.model_fields:
-        algorithm_config["rollouts_per_prompt"] = 3
+        section["rollouts_per_prompt"] = 3
+    train_tiny(name, section)
+
+
+@pytest.mark.parametrize("kind", SELECTIONS)
+def test_sft_trains_what_a_rule_selects(kind, train_tiny):
+    rule = {"type": kind, **SELECTIONS[kind]}
+    rows = train_tiny(f"sft-{kind}", {"type": "sft", "data_selection": rule})
+    kept = [row["algorithm/selection_kept_rows"] for row in rows]
+    assert kept[0] == {"q_tuning": 0.5, "uds": 0.5}.get(kind, kept[0])
+    for row in rows:
+        used = row["ledger/demonstrations_used"]
+        assert used == pytest.approx(
+            1 - row["algorithm/self_response_share"]
+            if kind == "self_response"
+            else row["algorithm/selection_kept_rows"]
+        )
+
+
+def train_section(pool, tiny_model, work_folder, name, section):
+    """Three steps with every claim that holds for any algorithm."""
     recipe = tiny_recipe(
         tiny_model,
         run={"name": f"every-{name}"},
@@ -89,7 +126,7 @@ def test_it_trains(name, pool, tiny_model, work_folder, demonstrations, monkeypa
         loop={"steps": STEPS, "prompts_per_step": 4, "gradient_every": 1, "save_batch_every": 1},
         checkpoint={"every": 2},
     )
-    recipe["algorithm"] = algorithm_config
+    recipe["algorithm"] = section
     loaded = load_recipe(write_recipe(work_folder, f"{name}.yaml", recipe))
     inputs = check_inputs(loaded)
     data = load_prompts(inputs, str(tiny_model))
@@ -139,5 +176,6 @@ def test_it_trains(name, pool, tiny_model, work_folder, demonstrations, monkeypa
     restored = build(loaded, data)
     restored.load_state_dict(json.loads(json.dumps(algorithm.state_dict())))
     assert restored.state_dict() == algorithm.state_dict()
-    answers = ask(find_question(folder, f"{name}.yaml", str(tiny_model)), [name], None)
+    answers = ask(find_question(folder, f"{name}.yaml", str(tiny_model)), [section["type"]], None)
     assert {a.reason for a in answers} <= {None, "no row of this batch trains with it"}
+    return rows
