@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -31,13 +31,17 @@ from ..engine.types import (
 from .advantages import Estimator, estimate_advantages, uniform_groups
 from .expert_base import ExpertLossBase
 from .expert_losses import ExpertLoss, Nll
+from .input_hooks import HookContext
 from .losses import KlEstimator, Normalizer
-from .rows import expert_rows, rollout_rows
+from .rows import expert_rows, paired_rows, rollout_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..engine.types import TrainBatch
+
+
+STANDALONE_HOSTS = "a host whose expert rows stand alone: sft, regft, relift or sasr"
 
 
 class AlgorithmConfig(Section):
@@ -47,7 +51,8 @@ class AlgorithmConfig(Section):
     max_response_length: int = Field(default=8192, ge=1)
     """Constant of the `constant` normalizer, and the length demonstrations are cut to."""
     standalone_experts: ClassVar[bool] = False
-    """True where expert rows stand alone: types that read rewards of stored responses are allowed then."""
+    """True where expert rows stand alone: types that read rewards of stored responses or compare responses, and input
+    hooks, are allowed then."""
 
     @property
     def sections(self) -> Mapping[str, AlgorithmConfig]:
@@ -70,7 +75,9 @@ class AlgorithmConfig(Section):
         if loss.tokens_only and getattr(self, name) != "tokens":
             raise ValueError(f"expert_loss {kind} has counts of its own; {name} must be tokens")
         if loss.standalone and not self.standalone_experts:
-            raise ValueError(f"expert_loss {kind} needs a host whose expert rows stand alone: sft")
+            raise ValueError(f"expert_loss {kind} needs {STANDALONE_HOSTS}")
+        if loss.input_hook is not None and not self.standalone_experts:
+            raise ValueError(f"expert_loss.input_hook needs {STANDALONE_HOSTS}")
         return self
 
 
@@ -131,6 +138,10 @@ class Setup:
     """A training prompt by its id, for state that names prompts; known once the data is loaded."""
     show_hint: Callable[[Prompt, TokenIds], Prompt | None] | None = None
     """The same prompt (and id) with a hint in its user's turn, None where that does not fit; known with the data."""
+    empty_prompt: Callable[[Prompt], TokenIds] | None = None
+    """The chat template around an empty question, for input hooks; known once the data is loaded."""
+    vocabulary_size: int | None = None
+    """Number of token ids; known once the data is loaded."""
 
 
 def credit_groups(
@@ -159,6 +170,28 @@ def credit_groups(
     return rows
 
 
+class PromptSource(Protocol):
+    """What an algorithm asks of the encoded data."""
+
+    @property
+    def vocabulary_size(self) -> int | None:
+        """Number of token ids, where it is known."""
+        ...
+
+    def find(self, prompt_id: str) -> Prompt:
+        """A training prompt by its id."""
+        ...
+
+    @property
+    def show_hint(self) -> Callable[[Prompt, TokenIds], Prompt | None]:
+        """(prompt, hint) -> the prompt with the hint in its user's turn, None where that does not fit."""
+        ...
+
+    def empty_prompt(self, prompt: Prompt) -> TokenIds:
+        """The chat template around an empty question in place of the prompt's."""
+        ...
+
+
 class AlgorithmBase(ABC):
     """Default hooks. A subclass sets `Config`, `losses` and `needs`, and overrides what it does differently.
 
@@ -176,6 +209,7 @@ class AlgorithmBase(ABC):
         self.expert_loss: ExpertLossBase | None = getattr(config, "expert_loss", None)
         self.expert_memory: dict[str, float] = {}
         """What the expert loss remembers of rows or prompts it has trained (`ExpertLossBase.recall`)."""
+        self.unpaired_prompts: int | None = None
 
     @property
     @abstractmethod
@@ -185,13 +219,15 @@ class AlgorithmBase(ABC):
     @abstractmethod
     def needs(self) -> Mapping[str, frozenset[Need]]: ...
 
-    def use_prompts(
-        self,
-        find_prompt: Callable[[str], Prompt],
-        show_hint: Callable[[Prompt, TokenIds], Prompt | None],
-    ) -> None:
+    def use_prompts(self, data: PromptSource) -> None:
         """The data is loaded: state that names prompts can be read, and hints be shown, from now on."""
-        self.setup = replace(self.setup, find_prompt=find_prompt, show_hint=show_hint)
+        self.setup = replace(
+            self.setup,
+            find_prompt=data.find,
+            show_hint=data.show_hint,
+            empty_prompt=data.empty_prompt,
+            vocabulary_size=data.vocabulary_size,
+        )
 
     def expert_rows(self, step: int) -> int:
         """Rows that this step draws from the expert stream; most methods take none."""
@@ -226,6 +262,20 @@ class AlgorithmBase(ABC):
         scored = self.expert_loss is not None and "row_rewards" in self.expert_loss.needs
         return expert_rows(prompts, self.config.max_response_length, scored=scored)
 
+    def alone(self, rows: list[Sample], prompts: Sequence[Prompt], step: int) -> list[Sample]:
+        """Expert rows of `prompts` that train by themselves: beside rejected ones where the expert loss compares, and
+        read as its input hook says.
+        """
+        loss = self.expert_loss
+        if loss is not None and "pairs" in loss.needs:
+            rows = paired_rows(rows, prompts, self.config.max_response_length)
+            self.unpaired_prompts = len(prompts) - sum(row.pair == "chosen" for row in rows)
+        if loss is None or loss.input_hook is None:
+            return rows
+        setup, by_id = self.setup, {prompt.prompt_id: prompt for prompt in prompts}
+        context = HookContext(step, setup.seed, setup.empty_prompt, setup.vocabulary_size)
+        return [loss.input_hook.rewrite(row, by_id[row.group_id], context) for row in rows]
+
     def assemble(
         self, plan: StepPlan, groups: Sequence[RolloutGroup], step: int
     ) -> Sequence[Update]:
@@ -251,7 +301,9 @@ class AlgorithmBase(ABC):
         """Nothing to learn from the report."""
 
     def metrics(self) -> Mapping[str, float]:
-        return {}
+        """`unpaired_prompts`: prompts of the step that a pairwise expert loss could not use."""
+        unpaired = self.unpaired_prompts
+        return {} if unpaired is None else {"unpaired_prompts": unpaired}
 
     def ledger(self, updates: Sequence[Update], step: int) -> ExpertLedger:
         """The weight of the expert component: the coefficient mu of an update, or the field expert_coef."""

@@ -21,16 +21,23 @@ from itertools import pairwise
 from math import ceil, floor
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from pydantic import model_validator
+
 from ..engine.config import Section
 from ..engine.contracts import Need
 from ..engine.errors import ConfigError, DataError
 from ..engine.types import PolicyOutput, Source, TrainBatch
-from .losses import Members, Metrics, Normalizer, sum_rows
+from .input_hooks import InputHook
+from .losses import Members, Metrics, Normalizer, Reduced, sum_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Denominator = Literal["kept_tokens", "all_tokens"]
+COLUMNS_OF_THE_INPUT: frozenset[Need] = frozenset(
+    {"base_logprobs", "history_logprobs", "behaviour_logprobs", "prompt_attention"}
+)
+"""Columns that depend on what the model read, and that nothing in a run can compute again."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +138,17 @@ class ExpertLossBase(Section):
     """False: token weights only decide membership."""
     remembers: ClassVar[bool] = False
     """True: `recall` leaves visits, which belong into the checkpoint."""
+    input_hook: InputHook | None = None
+    """Rewrites what the model reads on expert rows; only for hosts whose expert rows stand alone."""
+
+    @model_validator(mode="after")
+    def _columns_fit_the_input(self) -> ExpertLossBase:
+        unfit = sorted(self.needs & COLUMNS_OF_THE_INPUT) if self.input_hook is not None else []
+        if unfit:
+            raise ValueError(
+                f"the data's {', '.join(unfit)} belong to the unchanged input; leave out input_hook"
+            )
+        return self
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -143,8 +161,8 @@ class ExpertLossBase(Section):
         return False
 
     def coefs(self, step: int) -> dict[str, float]:
-        """Scheduled coefficients at this many completed steps."""
-        return {}
+        """Scheduled coefficients at this many completed steps; a type adds its own to these."""
+        return {} if self.input_hook is None else self.input_hook.coefs(step)
 
     def prepare(
         self, batch: TrainBatch, logprobs: Tensor | None, coefs: Mapping[str, float]
@@ -160,12 +178,12 @@ class ExpertLossBase(Section):
 
     def evaluate(
         self, out: PolicyOutput, batch: TrainBatch, coefs: Mapping[str, float]
-    ) -> TokenLoss:
+    ) -> TokenLoss | Reduced:
         """The type on one micro-batch."""
         return self(Supervised(out, batch, Members.expert(batch), coefs))
 
     @abstractmethod
-    def __call__(self, tokens: Supervised) -> TokenLoss:
+    def __call__(self, tokens: Supervised) -> TokenLoss | Reduced:
         """Values of the supervised tokens, with metrics and, where it selects, its own counts."""
 
 

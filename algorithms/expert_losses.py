@@ -5,7 +5,7 @@ policy are constants: without the detach, DFT's -p log p would *lower* p whereve
 deviations: docs/expert-losses.md.
 
 Here: types that reweight or reshape every token. Selection is in expert_selection.py, rewards and history in
-expert_rows.py.
+expert_rows.py, comparisons of responses in expert_pairs.py.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from .expert_base import (
     with_kept,
     with_stats,
 )
+from .expert_pairs import AlignedAsft, DiscriminativeFt, Dpop, Redi, Spin
 from .expert_rows import Glow, Rift, Topr
 from .expert_selection import (
     Forgetting,
@@ -270,6 +271,11 @@ ExpertLoss = Annotated[
     | Forgetting
     | Glow
     | Topr
-    | Rift,
+    | Rift
+    | Dpop
+    | Spin
+    | AlignedAsft
+    | DiscriminativeFt
+    | Redi,
     Field(discriminator="type"),
 ]

@@ -195,7 +195,8 @@ class SsToken(ExpertLossBase):
         return frozenset({"history_logprobs", *attention})
 
     def coefs(self, step: int) -> dict[str, float]:
-        return {"expert_keep_fraction": 1.0 if step < self.warmup_steps else self.keep_fraction}
+        fraction = 1.0 if step < self.warmup_steps else self.keep_fraction
+        return {**super().coefs(step), "expert_keep_fraction": fraction}
 
     def prepare(
         self, batch: TrainBatch, logprobs: Tensor | None, coefs: Mapping[str, float]
@@ -253,7 +254,8 @@ class Forgetting(ExpertLossBase):
     def coefs(self, step: int) -> dict[str, float]:
         progress = min(step / self.negative_coef_steps, 1.0)
         span = self.negative_coef_end - self.negative_coef_start
-        return {"negative_coef": self.negative_coef_start + span * progress}
+        coef = self.negative_coef_start + span * progress
+        return {**super().coefs(step), "negative_coef": coef}
 
     def prepare(
         self, batch: TrainBatch, logprobs: Tensor | None, coefs: Mapping[str, float]

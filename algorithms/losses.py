@@ -24,6 +24,14 @@ Normalizer = Literal["tokens", "rows", "constant"]
 Metrics = dict[str, "Tensor"]
 
 
+@dataclass(frozen=True)
+class Reduced:
+    """An expert component that is no sum over tokens: already divided, and blind to normalizers."""
+
+    value: Tensor
+    metrics: Metrics
+
+
 class Surrogate(Protocol):
     """Fields of a config that `policy_component` reads."""
 
@@ -180,6 +188,8 @@ def expert_component(
     """
     supervised = Members.expert(batch)
     term = expert_loss.evaluate(out, batch, coefs or {})
+    if isinstance(term, Reduced):
+        return term.value, {"expert_loss": term.value.detach(), **term.metrics}
     members = term.members or supervised
     values = batch.weights * term.values if expert_loss.scales_with_weights else term.values
     component = members.normalize(values, batch, term.normalizer or normalizer, max_response_length)

@@ -132,6 +132,7 @@ class Regft(Sft):
                 **dict.fromkeys(hinted - kept, "no_right_solution"),
             },
         )
+        rows = self.alone(rows, [own[0].prompt for own in by_prompt], step)
         return [self.update(rows, self.coefs(step))] if rows else []
 
     def solution_rows(self, prompt: Prompt, group: RolloutGroup) -> list[Sample]:
@@ -155,4 +156,4 @@ class Regft(Sft):
 
     def metrics(self) -> Mapping[str, float]:
         """Of the last step: kept solutions, share of hard prompts among scored ones, hard ones that got no hint."""
-        return self._seen
+        return {**super().metrics(), **self._seen}

@@ -139,7 +139,7 @@ class Relift(AlgorithmBase):
     def sft_update(self, prompts: Sequence[Prompt], step: int) -> Update:
         config = self.config
         return Update(
-            tuple(self.demonstration_rows(prompts)),
+            tuple(self.alone(self.demonstration_rows(prompts), prompts, step)),
             "sft",
             self.coefs(step),
             epochs=config.expert_epochs,
@@ -152,6 +152,7 @@ class Relift(AlgorithmBase):
 
     def metrics(self) -> Mapping[str, float]:
         return {
+            **super().metrics(),
             "buffer_size": len(self.buffer),
             "failed_prompts": self._failed_prompts,
             "sft_phases": self.sft_phases // self.config.expert_epochs,

@@ -125,6 +125,22 @@ def expert_rows(
     ]
 
 
+def paired_rows(
+    rows: Sequence[Sample], prompts: Sequence[Prompt], max_response_length: int
+) -> list[Sample]:
+    """The first row of each prompt as chosen, then its rejected responses; prompts lacking either are left out."""
+    chosen = {row.group_id: row for row in reversed(rows)}
+    paired = []
+    for prompt in prompts:
+        if prompt.prompt_id in chosen and prompt.rejected:
+            paired.append(replace(chosen[prompt.prompt_id], pair="chosen"))
+            for rejected in prompt.rejected:
+                response = rejected.token_ids[:max_response_length]
+                row = make_row(prompt, response, prefix_len=len(response))
+                paired.append(replace(row, pair="rejected"))
+    return paired
+
+
 def demonstrated(prompt: Prompt) -> tuple[Demonstration, ...]:
     """Demonstrations that may enter a group: those whose score is known.
 

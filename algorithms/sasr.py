@@ -115,8 +115,8 @@ class Sasr(AlgorithmBase):
         minibatches, epochs = self.setup.minibatches, self.setup.epochs
         moves = self.config.kl_coef > 0 and step == self.config.warmup_steps
         if plan.experts:
-            rows = tuple(self.demonstration_rows(plan.experts))
-            sft = rows, "sft", self.coefs(step), minibatches, epochs
+            rows = self.alone(self.demonstration_rows(plan.experts), plan.experts, step)
+            sft = tuple(rows), "sft", self.coefs(step), minibatches, epochs
             return [Update(*sft, refresh_reference=moves)]
         (update,) = super().assemble(plan, groups, step)
         rl = update.samples, "main", update.coefs, minibatches, epochs
@@ -132,7 +132,7 @@ class Sasr(AlgorithmBase):
             self.warmup_norm = self.last_norm
 
     def metrics(self) -> Mapping[str, float]:
-        metrics = {"sft_probability": self.sft_probability}
+        metrics = {**super().metrics(), "sft_probability": self.sft_probability}
         if self.num_sft + self.num_rl:
             metrics["sft_share"] = self.num_sft / (self.num_sft + self.num_rl)
         known = {"warmup_norm": self.warmup_norm, "last_norm": self.last_norm}

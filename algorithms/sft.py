@@ -64,6 +64,11 @@ class SftConfig(SupervisedFields):
     def _own_responses_carry_no_columns(self) -> SftConfig:
         if isinstance(self.data_selection, SelfResponse):
             self.refuse_stored_columns()
+        if self.data_selection is not None and "pairs" in self.expert_loss.needs:
+            raise ValueError(
+                f"algorithm.expert_loss.type = {self.expert_loss.type!r} compares responses, and data_selection "
+                "would drop some of them; leave one of the two out"
+            )
         return self
 
 
@@ -113,6 +118,7 @@ class Sft(AlgorithmBase):
         rows = self.demonstration_rows(plan.experts)
         if self.selection is not None:
             rows = self.selection.rows(rows, groups)
+        rows = self.alone(rows, plan.experts, step)
         return [self.update(rows, self.coefs(step))]
 
     def credit(self, samples: Sequence[Sample]) -> list[Sample]:
@@ -126,7 +132,8 @@ class Sft(AlgorithmBase):
         return known if self.selection is None else replace(known, dropped=self.selection.dropped)
 
     def metrics(self) -> Mapping[str, float]:
-        return {} if self.selection is None else self.selection.metrics
+        known = super().metrics()
+        return known if self.selection is None else {**known, **self.selection.metrics}
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()

@@ -36,12 +36,11 @@ from ..engine.types import (
     RolloutGroup,
     RolloutRequest,
     StepPlan,
-    TokenIds,
     TokenSampling,
     Update,
     UpdateReport,
 )
-from .base import AlgorithmBase, AlgorithmConfig, Setup
+from .base import AlgorithmBase, AlgorithmConfig, PromptSource, Setup
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -170,14 +169,10 @@ class Stages(AlgorithmBase):
     def needs(self) -> Mapping[str, frozenset[Need]]:
         return {f"{i}.{name}": n for i, m in enumerate(self.members) for name, n in m.needs.items()}
 
-    def use_prompts(
-        self,
-        find_prompt: Callable[[str], Prompt],
-        show_hint: Callable[[Prompt, TokenIds], Prompt | None],
-    ) -> None:
-        super().use_prompts(find_prompt, show_hint)
+    def use_prompts(self, data: PromptSource) -> None:
+        super().use_prompts(data)
         for member in self.members:
-            member.use_prompts(find_prompt, show_hint)
+            member.use_prompts(data)
 
     def expert_rows(self, step: int) -> int:
         number, own = self.stage_at(step)

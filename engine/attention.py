@@ -25,19 +25,25 @@ def segment_attention(
     attention_mask: Tensor | None,
     *,
     row_lengths: list[int],
+    hidden: Tensor | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """query [1, H, T, D], key and value [1, H_kv, T, D] -> [1, T, H, D]; row_lengths sum to T."""
+    """query [1, H, T, D], key and value [1, H_kv, T, D] -> [1, T, H, D]; row_lengths sum to T.
+
+    `hidden`, bool [T]: tokens whose keys nobody sees.
+    """
+    shown = [None] * len(row_lengths) if hidden is None else (~hidden).split(row_lengths)
     outputs = [
-        _attend(q, k, v, scaling, dropout, sliding_window, softcap)
-        for q, k, v in zip(
+        _attend(q, k, v, scaling, dropout, sliding_window, softcap, keys)
+        for q, k, v, keys in zip(
             query.split(row_lengths, dim=2),
             key.split(row_lengths, dim=2),
             value.split(row_lengths, dim=2),
+            shown,
             strict=True,
         )
     ]
@@ -52,11 +58,12 @@ def _attend(
     dropout: float,
     window: int | None,
     softcap: float | None,
+    shown: Tensor | None,
 ) -> Tensor:
     """Causal attention of one row; the kernel where it applies, the formula for soft-capped logits (Gemma 2)."""
     length = query.shape[2]
     outside = window is not None and length > window
-    if softcap is None and not outside:
+    if softcap is None and not outside and shown is None:
         return scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
         )
@@ -65,6 +72,8 @@ def _attend(
     visible = distance >= 0
     if window is not None:
         visible = visible & (distance < window)
+    if shown is not None:
+        visible = visible & shown
     if softcap is None:
         return scaled_dot_product_attention(
             query, key, value, attn_mask=visible, dropout_p=dropout, scale=scaling, enable_gqa=True

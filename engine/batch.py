@@ -5,7 +5,7 @@ A row is never split. Whole minibatches decide the denominators, so every cut be
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from hashlib import blake2b
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .errors import DataError
 from .types import Denominators, Sample, Source, TrainBatch
 
 ROW_FIELDS = (
@@ -21,9 +22,12 @@ ROW_FIELDS = (
     "group_ids",
     "row_seeds",
     "previous_losses",
+    "log_normalizers",
+    "pairs",
     "logit_norms",
     "logit_sketches",
 )
+PAIR_ROLES = {"chosen": 1, "rejected": -1, None: 0}
 
 
 def collate(samples: Sequence[Sample], dtype: torch.dtype = torch.float32) -> TrainBatch:
@@ -49,6 +53,15 @@ def collate(samples: Sequence[Sample], dtype: torch.dtype = torch.float32) -> Tr
             return torch.zeros(0, dtype=kind)
         return torch.from_numpy(np.concatenate([getattr(s, name) for s in samples])).to(kind)
 
+    def optional(name: str, default: Callable[[Sample], np.ndarray]) -> Tensor | None:
+        values = [getattr(s, name) for s in samples]
+        if all(value is None for value in values):
+            return None
+        filled = zip(values, samples, strict=True)
+        return torch.from_numpy(np.concatenate([default(s) if v is None else v for v, s in filled]))
+
+    labels = optional("labels", lambda s: s.token_ids)
+    paired = any(s.pair for s in samples)
     batch = TrainBatch(
         input_ids=tokens("token_ids", torch.long),
         position_ids=torch.arange(int(starts[-1])) - starts[row_ids],
@@ -65,6 +78,9 @@ def collate(samples: Sequence[Sample], dtype: torch.dtype = torch.float32) -> Tr
         denom=Denominators(0, 0, 0, 0, 0, 0),
         group_names=tuple(s.group_id for s in samples),
         sample_ids=tuple(s.sample_id for s in samples),
+        pairs=torch.tensor([PAIR_ROLES[s.pair] for s in samples]) if paired else None,
+        labels=None if labels is None else labels.long(),
+        hidden=optional("hidden", lambda s: np.zeros(len(s), dtype=bool)),
         row_seeds=torch.tensor([seed_of(s.group_id, i) for i, s in enumerate(samples)]).long(),
     )
     columns = {name: stored_column(samples, name, dtype) for name in stored_names(samples)}
@@ -170,6 +186,18 @@ def split_minibatches(batch: TrainBatch, num: int, seed: int) -> list[list[int]]
     return [sorted(part) for part in parts if part]
 
 
+def units(batch: TrainBatch) -> list[list[int]]:
+    """Rows that must be computed together: the paired rows of each group; every other row by itself."""
+    if batch.pairs is None:
+        return [[row] for row in range(batch.num_rows)]
+    found: dict[tuple[str, int], list[int]] = {}
+    for row, (group, role) in enumerate(
+        zip(batch.group_ids.tolist(), batch.pairs.tolist(), strict=True)
+    ):
+        found.setdefault(("group", group) if role else ("row", row), []).append(row)
+    return list(found.values())
+
+
 def shard(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
     """Rows of each rank with nearly equal token counts: longest first, to the least loaded rank.
 
@@ -214,12 +242,21 @@ def partition(batch: TrainBatch, num_ranks: int, max_tokens: int) -> list[list[l
     """Rows of each micro-batch of each rank. Every rank gets the same number of micro-batches.
 
     Ranks reduce gradients together, so one that has fewer micro-batches is given empty ones: the learner turns an
-    empty micro-batch into a zero loss that is attached to the graph.
+    empty micro-batch into a zero loss that is attached to the graph. Rows that are compared stay together.
     """
-    lengths = batch.row_starts.diff().tolist()
+    tokens = batch.row_starts.diff().tolist()
+    parts = units(batch)
+    lengths = [sum(tokens[row] for row in rows) for rows in parts]
+    for rows, length in zip(parts, lengths, strict=True):
+        if len(rows) > 1 and length > max_tokens:
+            raise DataError(
+                f"prompt {batch.group_names[rows[0]]!r}: its {len(rows)} chosen and rejected responses have {length} "
+                f"tokens with their prompts and must share one micro-batch, but learner.max_tokens_per_micro_batch = "
+                f"{max_tokens}; raise it, or shorten or remove some of them"
+            )
     plans = []
-    for rows in shard(lengths, num_ranks):
-        bins = pack([lengths[row] for row in rows], max_tokens)
-        plans.append([[rows[i] for i in chosen] for chosen in bins])
+    for mine in shard(lengths, num_ranks):
+        bins = pack([lengths[i] for i in mine], max_tokens)
+        plans.append([sorted(row for i in chosen for row in parts[mine[i]]) for chosen in bins])
     num = max(1, *(len(plan) for plan in plans))
     return [plan + [[] for _ in range(num - len(plan))] for plan in plans]

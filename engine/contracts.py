@@ -45,6 +45,7 @@ Need = Literal[
     "prompt_attention",
     "behaviour_logprobs",
     "row_rewards",
+    "pairs",
 ]
 """What a loss consumes beyond tokens and advantages.
 
@@ -61,6 +62,7 @@ whole batch and they equal the current ones. `row_sketch`: nuclear norm and sket
 UNAVAILABLE: Mapping[str, str] = {
     "ref_kl": "the LM head does not put reference logits beside the policy's",
     "topk_entropy": "the LM head does not return the entropy of the largest logits",
+    "pairs": "data sets carry no column rejected",
 }
 """Needs that only golden cases can meet, with the reason; a recipe that has one is refused."""
 

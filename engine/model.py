@@ -96,7 +96,7 @@ class PolicyModel(nn.Module):
             hidden.register_hook(self._keep_hidden_grad)
         if self.keeps_hidden:
             self._hidden, self.keeps_hidden = hidden.detach(), False
-        inputs = [hidden, batch.input_ids[targets]]
+        inputs = [hidden, batch.targets[targets]]
         if with_samples:
             if batch.row_seeds is None or self.token_sampling is None:
                 raise LearnerError(
@@ -136,6 +136,13 @@ class PolicyModel(nn.Module):
             implementation = self.model.config._attn_implementation
             if implementation == SEGMENTS:
                 segments: dict[str, Any] = {"row_lengths": lengths}
+                if batch.hidden is not None:
+                    segments["hidden"] = batch.hidden
+            elif batch.hidden is not None:
+                raise LearnerError(
+                    f"learner.attention = {implementation!r} cannot hide tokens; use segments, or leave out "
+                    "algorithm.expert_loss.input_hook.hide_from_attention"
+                )
             else:
                 starts = batch.row_starts.to(torch.int32)
                 longest = max(lengths)
@@ -156,9 +163,13 @@ class PolicyModel(nn.Module):
         padded = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
         columns = torch.arange(padded.shape[1], device=padded.device)
         mask = columns[None] < batch.row_starts.diff()[:, None]
+        visible = mask
+        if batch.hidden is not None:
+            hidden = nn.utils.rnn.pad_sequence(list(batch.hidden.split(lengths)), batch_first=True)
+            visible = mask & ~hidden
         output = body(
             input_ids=padded,
-            attention_mask=mask.long(),
+            attention_mask=visible.long(),
             position_ids=columns[None].expand_as(padded),
             use_cache=False,
         )

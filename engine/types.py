@@ -9,34 +9,61 @@ Letters in shapes: P prompts, G rollouts per prompt, N rows, T tokens of all row
 `logprobs[t] = log p(token_t | tokens of the same row before t)`. The first token of a row is never trained. Tensors
 know no prompt/response split, only `source`. Unknown is absent (None, or NaN inside an array), never 0.
 
-Nothing here imports torch: a user's reward function can import these types in milliseconds.
+What happens before training rows is defined in experience.py. Nothing here imports torch: a user's reward function
+can import these types in milliseconds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from enum import IntEnum, StrEnum
+from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from .experience import (
+    TOKEN_COLUMNS,
+    Demonstration,
+    FinishReason,
+    Prompt,
+    Rollout,
+    RolloutGroup,
+    RolloutRequest,
+    Sampling,
+    Score,
+    ScoreStatus,
+    StepPlan,
+    TokenIds,
+)
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-TokenIds = tuple[int, ...]
-FinishReason = Literal["stop", "length", "abort"]
-
-
-TOKEN_COLUMNS = (
-    "token_weights",
-    "base_logprobs",
-    "ref_logprobs",
-    "history_logprobs",
-    "behaviour_logprobs",
-    "prompt_attention",
-)
-"""Numbers that a data set may store for each token of a demonstration; see docs/expert-losses.md."""
+__all__ = [
+    "TOKEN_COLUMNS",
+    "Demonstration",
+    "Denominators",
+    "FinishReason",
+    "LossOutput",
+    "PolicyOutput",
+    "Prompt",
+    "Rollout",
+    "RolloutGroup",
+    "RolloutRequest",
+    "Sample",
+    "Sampling",
+    "Score",
+    "ScoreStatus",
+    "Source",
+    "StepPlan",
+    "TokenIds",
+    "TokenSamples",
+    "TokenSampling",
+    "TrainBatch",
+    "Update",
+    "UpdateReport",
+]
 
 
 class Source(IntEnum):
@@ -48,137 +75,6 @@ class Source(IntEnum):
     """Sampled by the policy being trained."""
     EXPERT = 2
     """Written by a demonstration."""
-
-
-@dataclass(frozen=True, slots=True)
-class Demonstration:
-    """What an expert wrote in answer to a prompt; token_ids end with the end-of-sequence token.
-
-    >>> Demonstration(token_ids=(28, 2), text="4", origin="reasoning_gym", piece_lengths=(1,)).score is None
-    True
-    """
-
-    token_ids: TokenIds
-    text: str
-    origin: str = ""
-    columns: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    """What the data says of each token, one number for each of `token_ids`: names are those of TOKEN_COLUMNS."""
-    score: Score | None = None
-    """Verdict of the run's verifier on `text`, or the score stored with the data; None where it has neither."""
-    piece_lengths: tuple[int, ...] = ()
-    """Tokens of each piece (line or sentence) of `text`, in order, without the end token: what a hint is cut from.
-    The last piece is taken to hold the final answer."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A question, already tokenized with the chat template and its generation prompt.
-
-    >>> Prompt("sums/0", ({"role": "user", "content": "2+2?"},), (17, 10, 17), answer="4").reward is None
-    True
-    """
-
-    prompt_id: str
-    messages: tuple[Mapping[str, str], ...]
-    token_ids: TokenIds
-    answer: str | None = None
-    reward: str | None = None
-    """Name of the reward that grades this prompt; None means the recipe's own."""
-    demonstrations: tuple[Demonstration, ...] = ()
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How the rollout policy draws tokens; temperature 0 is greedy."""
-
-    max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class RolloutRequest:
-    """n rollouts of one prompt, each starting with the forced tokens of `prefix` (usually none).
-
-    `first_index` numbers the rollouts when one prompt has several requests in a round (plain and prefixed ones); the
-    loop adds the number of its rollouts in earlier rounds.
-    """
-
-    prompt: Prompt
-    n: int
-    sampling: Sampling
-    prefix: TokenIds = ()
-    first_index: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Rollout:
-    """One finished sample. All of its generated tokens come from one `policy_version`.
-
-    >>> Rollout("sums/0", 0, (20, 28, 2), 1, (-0.1, -0.2), 7, "stop", " 4").logprobs   # of 28 and 2
-    (-0.1, -0.2)
-    """
-
-    prompt_id: str
-    index: int
-    token_ids: TokenIds
-    """Prefix, then generated tokens, end-of-sequence included when finish_reason is "stop"."""
-    prefix_len: int
-    logprobs: tuple[float, ...]
-    """The sampler's, of the generated part only."""
-    policy_version: int
-    finish_reason: FinishReason
-    text: str
-
-
-class ScoreStatus(StrEnum):
-    OK = "ok"
-    UNKNOWN = "unknown"
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """A verifier's verdict: a number, or UNKNOWN with the reason. UNKNOWN is never a number.
-
-    >>> Score.ok(1.0).reward, Score.unknown("deadline of 5 s exceeded").reward
-    (1.0, None)
-    """
-
-    status: ScoreStatus
-    reward: float | None
-    parts: Mapping[str, float] = field(default_factory=dict)
-    reason: str = ""
-
-    @classmethod
-    def ok(cls, reward: float, parts: Mapping[str, float] | None = None) -> Score:
-        return cls(ScoreStatus.OK, float(reward), dict(parts or {}))
-
-    @classmethod
-    def unknown(cls, reason: str) -> Score:
-        return cls(ScoreStatus.UNKNOWN, None, {}, reason)
-
-
-@dataclass(frozen=True, slots=True)
-class RolloutGroup:
-    """All rollouts of one prompt in one round of a step, scored, ordered by index."""
-
-    prompt: Prompt
-    rollouts: tuple[Rollout, ...]
-    scores: tuple[Score, ...]
-
-    @property
-    def rewards(self) -> tuple[float, ...]:
-        """Rewards of the rollouts whose score is known."""
-        return tuple(score.reward for score in self.scores if score.reward is not None)
-
-
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """What one step does: who is rolled out, and whose demonstration trains."""
-
-    requests: tuple[RolloutRequest, ...] = ()
-    experts: tuple[Prompt, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +102,12 @@ class Sample:
     """Fields of TrainBatch that the data stores: one number a token, NaN outside the demonstration."""
     sample_id: str = ""
     """Identity over the whole run, for what an expert loss remembers; empty: the row has none."""
+    pair: Literal["chosen", "rejected"] | None = None
+    """Role in a comparison of expert rows: rows of one group with a role are compared with each other."""
+    labels: np.ndarray | None = None
+    """What is predicted where an input hook changed what is read; None: `token_ids` themselves."""
+    hidden: np.ndarray | None = None
+    """True: no token attends to this one. None: none is hidden."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -295,6 +197,13 @@ class TrainBatch:
     denom: Denominators
     group_names: tuple[str, ...] = ()  # [N] prompt_id of each row
     sample_ids: tuple[str, ...] = ()  # [N] Sample.sample_id
+    # Present only where some row has them:
+    pairs: Tensor | None = None
+    """i64 [N]: 1 chosen, -1 rejected, 0 neither. Paired rows of one group stay in one micro-batch."""
+    labels: Tensor | None = None
+    """i64 [T]: what is predicted, where it differs from `input_ids`; see `targets`."""
+    hidden: Tensor | None = None
+    """bool [T]: tokens that no token attends to."""
     # Present only where the loss declares that it needs them, all float [T]:
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
@@ -315,6 +224,8 @@ class TrainBatch:
     """float [N]: the row's mean loss at its last visit, NaN on the first."""
     visits: Mapping[str, float] | None = None
     """What the expert loss will remember of this minibatch, once it has been trained."""
+    log_normalizers: Tensor | None = None
+    """float [N]: the normalizer of each chosen row's prompt."""
     expert_kept: Tensor | None = None
     """bool [T]: supervised tokens that the expert loss keeps."""
     stats: Mapping[str, float] | None = None
@@ -330,6 +241,11 @@ class TrainBatch:
     @property
     def num_tokens(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def targets(self) -> Tensor:
+        """i64 [T]: the tokens whose log-probs train."""
+        return self.input_ids if self.labels is None else self.labels
 
     def to(self, device: Any) -> TrainBatch:
         """The same batch with its tensors on `device`."""

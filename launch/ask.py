@@ -20,7 +20,7 @@ from ..engine.contracts import LossFn, Need
 from ..engine.errors import ConfigError, DataError
 from ..engine.ledger import split_by_source
 from ..engine.saved_batch import SavedBatch, read_batch
-from ..engine.types import Prompt, RolloutGroup, Source, StepPlan, Update
+from ..engine.types import Prompt, RolloutGroup, Source, StepPlan, TokenIds, Update
 from .config import Recipe, load_recipe, validate
 from .model import resolve_model
 from .run import CONFIG_FILE, load_run
@@ -140,11 +140,27 @@ def grade(batch: SavedBatch, recipe: Recipe) -> SavedBatch:
         scorer.close()
 
 
+@dataclass(frozen=True)
+class SavedPrompts:
+    """What an algorithm may ask of a saved batch, which holds neither tokenizer nor chat template."""
+
+    by_id: Mapping[str, Prompt]
+    vocabulary_size: None = None
+
+    def find(self, prompt_id: str) -> Prompt:
+        return self.by_id[prompt_id]
+
+    def show_hint(self, prompt: Prompt, hint: TokenIds) -> Prompt:
+        """Hinted prompts would only be rolled out, which ends in Unanswerable: their text does not matter."""
+        return prompt
+
+    def empty_prompt(self, prompt: Prompt) -> TokenIds:
+        raise Unanswerable("its input hook needs the chat template, which a saved batch lacks")
+
+
 def make_updates(algorithm: AlgorithmBase, batch: SavedBatch, *, own: bool) -> Sequence[Update]:
     """The step as the method would assemble it; `own`: it asked for the batch's rollouts itself."""
-    by_id = {prompt.prompt_id: prompt for prompt in batch.prompts}
-    # Hinted prompts would only be rolled out, which ends in Unanswerable: their text does not matter.
-    algorithm.use_prompts(by_id.__getitem__, lambda prompt, hint: prompt)
+    algorithm.use_prompts(SavedPrompts({prompt.prompt_id: prompt for prompt in batch.prompts}))
     plan = make_plan(algorithm, batch)
     groups = batch.rollout_groups if own and plan.requests else fit_groups(algorithm, batch, plan)
     updates = algorithm.assemble(plan, groups, batch.step)

@@ -33,6 +33,7 @@ from .golden_expert import (
     trace_expert_loss,
     with_expert_columns,
 )
+from .golden_pairs import input_trace, normalizers
 from .golden_prefix import PREFIX_TRACES, recorded_entropy, token_samples
 from .golden_rounds import ROUND_TRACES
 from .golden_selection import trace_selection
@@ -180,6 +181,7 @@ def row_sample(row: Case) -> Sample:
         group_id=row["group"],
         reward=row.get("reward"),
         sample_id=sample_id(row),
+        pair=row.get("pair"),
     )
 
 
@@ -209,7 +211,7 @@ def run_loss(case: Case) -> dict[str, Any]:
     with torch.no_grad():
         everything = policy_output(logits, batch)
     check_columns(rows, algorithm)
-    algorithm.expert_memory = remembered(rows)
+    algorithm.expert_memory = remembered(rows) | normalizers(rows)
     batch = algorithm.prepare(batch, everything.logprobs, coefs)
     for part in case.get("micro_batches") or [list(range(len(rows)))]:
         micro_batch = select(batch, part)
@@ -246,7 +248,7 @@ def policy_output(logits: Sequence[Tensor], batch: TrainBatch) -> PolicyOutput:
         if end - start == 1:
             columns.append((zero, zero))
             continue
-        logprobs, entropy = token_statistics(leaf, batch.input_ids[start + 1 : end])
+        logprobs, entropy = token_statistics(leaf, batch.targets[start + 1 : end])
         columns.append((torch.cat([zero, logprobs]), torch.cat([zero, entropy])))
     logprobs, entropies = zip(*columns, strict=True)
     trained = batch.trained
@@ -289,7 +291,8 @@ def run_trace(case: Case) -> dict[str, Any]:
     """Decisions over several steps, by the algorithm's own tracer."""
     algorithm = build(case)
     if case["algorithm"] == "sft":
-        trace = trace_selection if algorithm.config.data_selection else trace_expert_loss
+        selects = algorithm.config.data_selection is not None
+        trace = trace_selection if selects else input_trace(algorithm) or trace_expert_loss
         return {"outputs": trace(algorithm, case["inputs"])}
     tracer = TRACES.get(case["algorithm"])
     if tracer is None:

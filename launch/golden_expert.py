@@ -99,7 +99,9 @@ def trace_expert_loss(algorithm: Any, entries: Sequence[Case]) -> list[dict[str,
     """glow, from a fresh memory: all weights of a step are computed before its losses are stored."""
     loss = algorithm.config.expert_loss
     if not isinstance(loss, Glow):
-        raise CaseError(f"expert_loss {loss.type} has no trace; known: glow")
+        raise CaseError(
+            f"expert_loss {loss.type} has no trace; known: glow, discriminative_ft, input hooks"
+        )
     outputs = []
     for entry in entries:
         rows = entry["rows"]

@@ -186,7 +186,7 @@ def composed(inputs: Inputs, folder: Path, workers: OpenPool | None = None) -> I
         from .console import make_console
 
         data = load_prompts(inputs, model_path)
-        algorithm.use_prompts(data.find, data.show_hint)
+        algorithm.use_prompts(data)
         pool.wait_started(stop_token_ids=[data.end_token_id])
         ranks.wait_started()
         if scorer is not None:

@@ -144,12 +144,13 @@ class Data:
         eval_prompts: Sequence[Prompt],
         seed: int,
         report: DataReport,
-        end_token_id: int,
+        chat: ChatFormat,
         show_hint: HintDisplay,
     ) -> None:
         self.eval_prompts = eval_prompts
-        self.end_token_id = end_token_id
+        self.end_token_id = chat.end_id
         self.show_hint = show_hint
+        self._chat = chat
         self.report = report
         self._train = train
         self._rows: dict[str, int] = {}
@@ -205,6 +206,16 @@ class Data:
         if prompt_id not in self._rows:
             raise DataError(f"no training prompt has the id {prompt_id!r}")
         return self._train[self._rows[prompt_id]].to_prompt()
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of token ids of the tokenizer."""
+        return len(self._chat.tokenizer)
+
+    def empty_prompt(self, prompt: Prompt) -> tuple[int, ...]:
+        """The chat template around one empty user turn, after the prompt's own system message where it has one."""
+        system = [m for m in prompt.messages[:1] if m["role"] in ("system", "developer")]
+        return tuple(self._chat.encode_prompt([*system, {"role": "user", "content": ""}]))
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -274,7 +285,7 @@ def load_data(
         raise DataError(f"no {kind} prompt is left:\n{report}")
     eval_prompts = tuple(row.to_prompt() for row in held_out)
     show_hint = HintDisplay(chat, config.hint_template, max_prompt_length)
-    return Data(train, eval_prompts, config.seed, report, chat.end_id, show_hint)
+    return Data(train, eval_prompts, config.seed, report, chat, show_hint)
 
 
 def _encode(

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from plait.algorithms import Setup
-from plait.algorithms.base import expert_rows
+from plait.algorithms.rows import expert_rows
 from plait.algorithms.selection_rules import best, prune_tokens, q_tuning_rows, quantile
 from plait.algorithms.sft import Sft, SftConfig
 from plait.engine.batch import collate

@@ -81,7 +81,7 @@ def demonstrations(work_folder):
 
 def build(recipe, data):
     algorithm = recipe.build_algorithm()
-    algorithm.use_prompts(data.find, data.show_hint)
+    algorithm.use_prompts(data)
     return algorithm
 
 

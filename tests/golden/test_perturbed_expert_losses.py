@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from plait.algorithms import ALGORITHMS, expert_base, expert_losses, expert_rows, expert_selection
+from plait.algorithms import (
+    ALGORITHMS,
+    expert_base,
+    expert_losses,
+    expert_pairs,
+    expert_rows,
+    expert_selection,
+)
 from plait.algorithms.expert_base import ExpertLossBase, Supervised, TokenLoss
 from plait.algorithms.expert_rows import Glow
 from plait.algorithms.sft import Sft
@@ -16,7 +23,7 @@ from plait.launch.golden import check_case
 FILE = Path(__file__).parent / "expert.json"
 TYPES = {
     cls.model_fields["type"].default: cls
-    for module in (expert_losses, expert_rows, expert_selection)
+    for module in (expert_losses, expert_pairs, expert_rows, expert_selection)
     for cls in vars(module).values()
     if isinstance(cls, type) and issubclass(cls, ExpertLossBase) and "type" in cls.model_fields
 }
@@ -26,7 +33,6 @@ CASES = {
     for name, case in ALL.items()
     if case["algorithm"] in ALGORITHMS
     and case["config"].get("expert_loss", {}).get("type") in TYPES
-    and "input_hook" not in case["config"]["expert_loss"]
 }
 
 

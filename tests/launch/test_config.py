@@ -40,7 +40,7 @@ def test_overrides_are_yaml_and_reach_any_depth(minimal):
         ],
     )
     assert recipe.loop.steps == 7
-    assert recipe.model_dump()["algorithm"]["expert_loss"] == {"type": "phi"}
+    assert recipe.model_dump()["algorithm"]["expert_loss"]["type"] == "phi"
     assert recipe.learner.learning_rate == 1e-5
     assert recipe.folder.name == "x"
 
