@@ -66,7 +66,7 @@ def train(config: LoopConfig, evaluation: EvalConfig, sampling: Sampling, parts:
         step = state.step  # completed steps: what schedules and seeds depend on
 
         # 1. What to do: prompts, prefixes, demonstrations.
-        prompts = take_prompts(parts, config.prompts_per_step)
+        prompts = graded(parts, data.take(config.prompts_per_step))
         experts = data.take_experts(algorithm.expert_rows(step))
         plan = algorithm.plan(prompts, experts, step)
 
@@ -117,9 +117,8 @@ def end_reason(config: LoopConfig, state: RunState) -> str | None:
     return None
 
 
-def take_prompts(parts: Parts, n: int) -> Sequence[Prompt]:
-    """The next n prompts, their demonstrations graded where a loss compares them with rollouts."""
-    prompts = parts.data.take(n)
+def graded(parts: Parts, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+    """The same prompts, their demonstrations graded where a loss compares them with rollouts."""
     if not any("demonstration_scores" in needs for needs in parts.algorithm.needs.values()):
         return prompts
     with parts.log.phase("grade"):
@@ -137,7 +136,9 @@ def rollout_rounds(
     numbered: Counter[str] = Counter()
 
     def draw(n: int) -> list[Prompt]:
-        fresh = [prompt for prompt in take_prompts(parts, n) if prompt.prompt_id not in seen]
+        fresh = [
+            prompt for prompt in graded(parts, parts.data.take(n)) if prompt.prompt_id not in seen
+        ]
         seen.update(prompt.prompt_id for prompt in fresh)
         return fresh
 

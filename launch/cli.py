@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
@@ -209,6 +210,28 @@ def check_golden(
     else:
         print("\n".join(map(str, results)))
     if not all(result.ok for result in results):
+        raise typer.Exit(1)
+
+
+@check.command("loss")
+def check_loss(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    zero: Annotated[str, typer.Option(help="ZeRO stages of the two ranks.")] = "1,2,3",
+    as_json: Json = False,
+) -> None:
+    """Show that a recipe's loss and gradient do not depend on how a minibatch is cut."""
+    from .check_loss import check_loss as run
+    from .check_loss import parse_stages
+
+    loaded, stages = load_recipe(recipe, overrides or ()), parse_stages(zero)
+    with redirect_stdout(sys.stderr):  # DeepSpeed prints on import
+        report = run(loaded, stages)
+    if as_json:
+        print(json.dumps(report.to_json()))
+    else:
+        print("\n".join(report.lines()))
+    if not report.ok:
         raise typer.Exit(1)
 
 
