@@ -48,6 +48,7 @@ from .base import AlgorithmBase, ExpertFields, PolicyFields, Setup, surrogate_ne
 from .chord import chord_loss
 from .losses import Members, policy_component
 from .rows import rollout_rows
+from .step_size import StepSize
 
 MIN_PRODUCT = 1e-12
 MetaGradient = Literal["cosine", "raw"]
@@ -207,6 +208,17 @@ class Amft(AlgorithmBase):
         self.mu = next_mu(
             self._mu_before, self.meta_gradient, entropy, self.entropy_target, self.config
         )
+
+    def step_size(self, num_prompts: int, step: int) -> StepSize:
+        """Demonstrations alone in the warm-up, then beside the rollouts; a second round every `meta_every` steps."""
+        since = step - self.config.warmup_steps
+        if since < 0:
+            return StepSize(0, 0, num_prompts, (self.phase(num_prompts),))
+        size, held_out = super().step_size(num_prompts, step), 0
+        if since % self.config.meta_every == 0:
+            held_out = self.config.validation_prompts * self.config.rollouts_per_prompt
+        phase = self.phase(size.rollouts + num_prompts)
+        return StepSize(size.rollouts + held_out, 1 + (held_out > 0), num_prompts, (phase,))
 
     def metrics(self) -> Mapping[str, float]:
         """next_mu: what the following step trains with; meta_gradient in the steps that measured one."""

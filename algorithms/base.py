@@ -34,6 +34,7 @@ from .expert_losses import ExpertLoss, Nll
 from .input_hooks import HookContext
 from .losses import KlEstimator, Normalizer
 from .rows import expert_rows, paired_rows, rollout_rows
+from .step_size import Phase, StepSize
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -296,6 +297,16 @@ class AlgorithmBase(ABC):
 
     def remember(self, batch: TrainBatch) -> None:
         self.expert_memory |= batch.visits or {}
+
+    def step_size(self, num_prompts: int, step: int) -> StepSize:
+        """Upper bounds of a step: a group a prompt and the expert stream, or one demonstration a prompt."""
+        rollouts = num_prompts * getattr(self.config, "rollouts_per_prompt", 0)
+        experts = self.expert_rows(step) if rollouts else num_prompts
+        phase = self.phase(rollouts + experts)
+        return StepSize(rollouts, int(rollouts > 0), experts, (phase,))
+
+    def phase(self, rows: int, loss: str = "main") -> Phase:
+        return Phase(loss, rows, self.setup.minibatches, self.setup.epochs)
 
     def observe(self, report: UpdateReport) -> None:  # noqa: B027 (most methods keep no feedback state)
         """Nothing to learn from the report."""

@@ -39,6 +39,7 @@ from .grpo import grpo_loss
 from .losses import Normalizer
 from .rounds import all_failed, groups_by_prompt
 from .rows import rollout_rows
+from .step_size import StepSize
 
 
 class BreadConfig(PolicyFields):
@@ -181,6 +182,15 @@ class Bread(AlgorithmBase):
     def ledger(self, updates: Sequence[Update], step: int) -> ExpertLedger:
         """Gate: prompts that train an anchored group; the anchor itself has weight 0."""
         return self._ledger
+
+    def step_size(self, num_prompts: int, step: int) -> StepSize:
+        """Every prompt fails, and its search takes all probes."""
+        size = super().step_size(num_prompts, step)
+        if self.config.max_pieces == 1:
+            return size
+        probes = (self.config.max_pieces - 1).bit_length()
+        rollouts = 2 * size.rollouts + num_prompts * probes * self.config.probe_rollouts
+        return replace(size, rollouts=rollouts, rounds=2 + probes)
 
     def metrics(self) -> Mapping[str, float]:
         """Of the last step: probes, share of anchored groups, and the share of the demonstration they were given."""

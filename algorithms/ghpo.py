@@ -16,6 +16,7 @@ format bonus must be a part that `failure_threshold` covers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Literal
 
@@ -29,6 +30,7 @@ from .grpo import grpo_loss
 from .losses import Normalizer
 from .rounds import all_failed, groups_by_prompt
 from .rows import rollout_rows
+from .step_size import StepSize
 
 
 class GhpoConfig(PolicyFields):
@@ -118,6 +120,13 @@ class Ghpo(AlgorithmBase):
     def ledger(self, updates: Sequence[Update], step: int) -> ExpertLedger:
         """Gate: prompts that got a hint; a hint is shown and not trained."""
         return self._ledger
+
+    def step_size(self, num_prompts: int, step: int) -> StepSize:
+        """Every prompt at every stage."""
+        size = super().step_size(num_prompts, step)
+        hinted = step >= self.config.hint_start_step
+        rounds = 1 + (len(self.config.hint_fractions) if hinted else 0)
+        return replace(size, rollouts=size.rollouts * rounds, rounds=rounds)
 
     def metrics(self) -> Mapping[str, float]:
         """Share of the last step's prompts that ended at each stage; 0 is the plain prompt."""

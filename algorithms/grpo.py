@@ -20,6 +20,7 @@ its overlong shaping belongs into the reward function.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -39,6 +40,7 @@ from .advantages import uniform_groups
 from .base import AlgorithmBase, PolicyFields, RolloutFields, Setup, surrogate_needs
 from .losses import Members, Normalizer, entropy_component, kl_component, policy_component
 from .rows import rollout_rows
+from .step_size import StepSize
 
 
 class GrpoConfig(PolicyFields):
@@ -119,10 +121,18 @@ class Grpo(AlgorithmBase):
     def assemble(
         self, plan: StepPlan, groups: Sequence[RolloutGroup], step: int
     ) -> Sequence[Update]:
-        """Rows that were dropped stay out of the update, so minibatches hold equal numbers of live groups."""
+        """Dropped rows stay out of the update, so minibatches hold equal numbers of live groups.
+
+        Where none is live, one row of weight 0 makes a step that moves by momentum and weight decay alone.
+        """
         rows = self.credit(rollout_rows(groups))
         kept = [row for row in rows if row.weights.any()]
-        return [self.update(kept or rows, self.coefs(step))]
+        return [self.update(kept or rows[:1], self.coefs(step))]
+
+    def step_size(self, num_prompts: int, step: int) -> StepSize:
+        """A refill asks for no more groups than the plan, and trained groups never exceed it."""
+        size, rounds = super().step_size(num_prompts, step), 1 + self.config.refill_rounds
+        return replace(size, rollouts=size.rollouts * rounds, rounds=rounds)
 
     def metrics(self) -> Mapping[str, float]:
         """With refill, of the last step: groups with a signal, and those of later rounds as a share of the plan."""

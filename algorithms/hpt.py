@@ -37,6 +37,7 @@ from .base import AlgorithmBase, ExpertFields, PolicyFields, Setup, surrogate_ne
 from .grpo import regularize
 from .losses import Normalizer, expert_component, policy_component
 from .rows import expert_row, rollout_rows
+from .step_size import StepSize
 
 Route = Literal["rl", "sft"]
 
@@ -115,6 +116,11 @@ class Hpt(AlgorithmBase):
             else:
                 rows += rollout_rows([group])
         return [self.update(self.credit(rows), self.coefs(step))]
+
+    def step_size(self, num_prompts: int, step: int) -> StepSize:
+        """A switched question trains one demonstration in the place of its group."""
+        size = super().step_size(num_prompts, step)
+        return replace(size, expert_rows=num_prompts)
 
     def metrics(self) -> Mapping[str, float]:
         """sft_share: prompts of the last step that trained their demonstration, of those with a known score."""

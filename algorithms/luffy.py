@@ -16,6 +16,7 @@ the paper: no std in the advantage and no clip, as in its code; entropy_coef 0.0
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -46,6 +47,7 @@ from .base import (
 from .grpo import regularize
 from .losses import Members, Normalizer, surrogate
 from .rows import demonstrated, rollout_rows, scored_expert_rows
+from .step_size import StepSize
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -118,6 +120,11 @@ class MixedGroups(AlgorithmBase):
     def plan(self, prompts: Sequence[Prompt], experts: Sequence[Prompt], step: int) -> StepPlan:
         requests = tuple(self.request(prompt) for prompt in prompts)
         return StepPlan(requests, tuple(prompt for prompt in prompts if demonstrated(prompt)))
+
+    def step_size(self, num_prompts: int, step: int) -> StepSize:
+        """Demonstrations take the places of rollouts; a prompt without any is rolled out in full."""
+        size = super().step_size(num_prompts, step)
+        return replace(size, expert_rows=num_prompts * self.config.expert_rows_per_group)
 
     def assemble(
         self, plan: StepPlan, groups: Sequence[RolloutGroup], step: int

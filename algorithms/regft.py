@@ -36,6 +36,7 @@ from .base import AlgorithmBase, Setup
 from .rounds import groups_by_prompt
 from .rows import make_row
 from .sft import Sft, SupervisedFields
+from .step_size import StepSize
 
 
 class RegftConfig(SupervisedFields):
@@ -153,6 +154,12 @@ class Regft(Sft):
     def ledger(self, updates: Sequence[Update], step: int) -> ExpertLedger:
         """Gate: prompts that were asked again with their demonstration as a hint; its tokens never train."""
         return self._ledger
+
+    def step_size(self, num_prompts: int, step: int) -> StepSize:
+        """Every prompt is hard and keeps what it may."""
+        group = self.config.rollouts_per_prompt
+        rows = num_prompts * min(group, self.config.max_kept_per_problem)
+        return StepSize(2 * num_prompts * group, 2, rows, (self.phase(rows),))
 
     def metrics(self) -> Mapping[str, float]:
         """Of the last step: kept solutions, share of hard prompts among scored ones, hard ones that got no hint."""

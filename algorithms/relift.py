@@ -16,6 +16,7 @@ Departs from the public code: an absent buffer has length 0 (there it crashes); 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -39,6 +40,7 @@ from .base import AlgorithmBase, ExpertFields, PolicyFields, Setup, surrogate_ne
 from .grpo import grpo_loss
 from .losses import Members, Normalizer, expert_component
 from .rounds import all_failed
+from .step_size import Phase, StepSize
 
 
 class ReliftConfig(PolicyFields, ExpertFields):
@@ -149,6 +151,15 @@ class Relift(AlgorithmBase):
 
     def observe(self, report: UpdateReport) -> None:
         self.sft_phases += report.loss_name == "sft"
+
+    def step_size(self, num_prompts: int, step: int) -> StepSize:
+        """Every prompt fails, so the buffer fills as fast as it can."""
+        size, full = super().step_size(num_prompts, step), self.config.expert_batch_size
+        due = (step + 1) * num_prompts // full > step * num_prompts // full
+        if not due:
+            return size
+        sft = Phase("sft", full, epochs=self.config.expert_epochs)
+        return replace(size, expert_rows=full, phases=(*size.phases, sft))
 
     def metrics(self) -> Mapping[str, float]:
         return {

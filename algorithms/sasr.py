@@ -37,6 +37,7 @@ from .base import AlgorithmBase, ExpertFields, PolicyFields, Setup, surrogate_ne
 from .draws import uniforms
 from .grpo import grpo_loss
 from .losses import Normalizer, expert_component
+from .step_size import StepSize
 
 MIN_NORM = 1e-8
 
@@ -130,6 +131,12 @@ class Sasr(AlgorithmBase):
         self.last_norm = sum(self._norms) / len(self._norms)
         if self._step == self.config.warmup_steps - 1:
             self.warmup_norm = self.last_norm
+
+    def step_size(self, num_prompts: int, step: int) -> StepSize:
+        """Demonstrations in the warm-up; after it the larger of the two kinds of step, RL."""
+        if step < self.config.warmup_steps:
+            return StepSize(0, 0, num_prompts, (self.phase(num_prompts, "sft"),))
+        return super().step_size(num_prompts, step)
 
     def metrics(self) -> Mapping[str, float]:
         metrics = {**super().metrics(), "sft_probability": self.sft_probability}

@@ -33,6 +33,7 @@ from .base import AlgorithmBase, AlgorithmConfig, Setup
 from .data_selection import DataSelection, Selection, SelfResponse
 from .expert_losses import ExpertLoss, Nll
 from .losses import Members, Normalizer, entropy_component, expert_component
+from .step_size import StepSize
 
 
 class SupervisedFields(AlgorithmConfig):
@@ -130,6 +131,11 @@ class Sft(AlgorithmBase):
     def ledger(self, updates: Sequence[Update], step: int) -> ExpertLedger:
         known = super().ledger(updates, step)
         return known if self.selection is None else replace(known, dropped=self.selection.dropped)
+
+    def step_size(self, num_prompts: int, step: int) -> StepSize:
+        """One demonstration a prompt, and the rollouts that a selection rule looks at."""
+        num = 0 if self.selection is None else self.selection.rule.num_rollouts
+        return StepSize(num_prompts * num, int(num > 0), num_prompts, (self.phase(num_prompts),))
 
     def metrics(self) -> Mapping[str, float]:
         known = super().metrics()

@@ -41,6 +41,7 @@ from ..engine.types import (
     UpdateReport,
 )
 from .base import AlgorithmBase, AlgorithmConfig, PromptSource, Setup
+from .step_size import StepSize
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -238,6 +239,10 @@ class Stages(AlgorithmBase):
         """The updates as the stage's method named them."""
         prefix = self.named("")
         return [replace(u, loss=u.loss.removeprefix(prefix)) for u in updates]
+
+    def step_size(self, num_prompts: int, step: int) -> StepSize:
+        number, own = self.stage_at(step)
+        return self.members[number].step_size(num_prompts, own)
 
     def metrics(self) -> Mapping[str, float]:
         return {"stage": self.stage, **self.current.metrics()}

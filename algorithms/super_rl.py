@@ -14,6 +14,7 @@ ours.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -33,6 +34,7 @@ from .base import AlgorithmBase, ExpertFields, PolicyFields, Setup, surrogate_ne
 from .grpo import regularize
 from .losses import Normalizer, expert_component, policy_component
 from .rows import expert_row, rollout_rows
+from .step_size import StepSize
 
 Route = Literal["rl", "sft"]
 
@@ -89,6 +91,11 @@ class SuperRl(AlgorithmBase):
     def update(self, samples: Sequence[Sample], coefs: Mapping[str, float]) -> Update:
         """The share follows from the update's own rows."""
         return super().update(samples, {**coefs, "expert_share": expert_share(samples)})
+
+    def step_size(self, num_prompts: int, step: int) -> StepSize:
+        """A switched prompt trains its demonstrations, taken to be no more than its rollouts, in their place."""
+        size = super().step_size(num_prompts, step)
+        return replace(size, expert_rows=size.rows)
 
     def assemble(
         self, plan: StepPlan, groups: Sequence[RolloutGroup], step: int

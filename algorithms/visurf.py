@@ -48,6 +48,7 @@ from .base import (
 from .grpo import regularize
 from .losses import Members, Normalizer, policy_component
 from .rows import demonstrated, rollout_rows, scored_expert_rows
+from .step_size import StepSize
 
 
 class VisurfConfig(PolicyFields):
@@ -143,6 +144,14 @@ class Visurf(AlgorithmBase):
         """Gate: demonstrated groups whose demonstration was better than their rollouts, and kept its advantage."""
         share = self.smoothed_share
         return ExpertLedger(gate_rate=None if share is None else 1 - share)
+
+    def step_size(self, num_prompts: int, step: int) -> StepSize:
+        """Every prompt brings its demonstrations beside the rollouts."""
+        size, experts = (
+            super().step_size(num_prompts, step),
+            num_prompts * self.config.expert_rows_per_group,
+        )
+        return replace(size, expert_rows=experts, phases=(self.phase(size.rollouts + experts),))
 
     def metrics(self) -> Mapping[str, float]:
         """smoothed_share: smoothed groups of the last update, of those with a scored demonstration."""

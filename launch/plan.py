@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any
 
-from ..algorithms import AlgorithmConfig, resolve
+from ..algorithms import AlgorithmConfig
 from ..algorithms.stages import StagesConfig
+from ..algorithms.step_size import Phase
 from .config import Recipe
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -16,17 +17,23 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Plan:
-    """Counts of one step and of the run. Tokens are upper bounds: every row at its length limits."""
+    """Counts of the step with most rows, and of the run.
+
+    All are upper bounds: every prompt takes the method's longest way, every row is at its length limits.
+    """
 
     algorithm: str
     steps: int
     prompts_per_step: int
-    rollouts_per_prompt: int
-    expert_rows: int
+    rollouts: int
+    rounds: int
+    """Of rollouts, one after the scores of the other."""
     rows: int
-    minibatches: int
-    epochs: int
+    expert_rows: int
+    """Of `rows`, those that are demonstrations."""
+    phases: tuple[Phase, ...]
     optimizer_steps: int
+    """Of the run."""
     ranks: int
     rows_per_minibatch: int
     max_tokens_per_row: int
@@ -43,14 +50,17 @@ class Plan:
 
     def lines(self) -> list[str]:
         """The same for a person: each line leads to the next."""
-        generated = self.prompts_per_step * self.rollouts_per_prompt
+        phases = ", then ".join(
+            f"{p.loss}: {p.rows} rows in {p.minibatches} minibatch(es) x {p.epochs} epoch(s)"
+            for p in self.phases
+        )
         return [
             f"algorithm          {self.algorithm}, {self.steps} steps",
-            f"a step             {self.prompts_per_step} prompts x {self.rollouts_per_prompt} rollouts = {generated} "
-            f"+ {self.expert_rows} demonstrations = {self.rows} rows",
-            f"optimizer          {self.minibatches} minibatch(es) x {self.epochs} epoch(s) = "
-            f"{self.minibatches * self.epochs} steps of <= {self.rows_per_minibatch} rows; "
-            f"{self.optimizer_steps} in the run",
+            f"a step             {self.prompts_per_step} prompts, <= {self.rollouts} rollouts in <= {self.rounds} "
+            "round(s)",
+            f"trained            <= {self.rows} rows, of them <= {self.expert_rows} demonstrations",
+            f"optimizer          {phases}; steps of <= {self.rows_per_minibatch} rows, "
+            f"<= {self.optimizer_steps} in the run",
             f"a minibatch        <= {self.micro_batches_per_minibatch} micro-batches on each of {self.ranks} rank(s)",
             f"tokens             <= {self.max_tokens_per_row} a row, <= {self.max_tokens_per_rank} a rank and step",
             f"old log-probs      {self.old_logprobs}",
@@ -63,31 +73,33 @@ def make_plan(recipe: Recipe, architecture: Any) -> Plan:
     """Count rows, steps and bytes; `architecture` is the model's transformers config."""
     algorithm = recipe.build_algorithm()
     loop, learner, rollouts = recipe.loop, recipe.learner, recipe.rollouts
-    group, expert_rows = widest_step(recipe)
-    rows = loop.prompts_per_step * group + expert_rows
+    sizes = [algorithm.step_size(loop.prompts_per_step, step) for step in range(loop.steps)]
+    widest = max(sizes, key=lambda size: (size.rows, size.rollouts))
     longest = rollouts.max_prompt_length + rollouts.max_response_length
-    per_minibatch = ceil(rows / loop.minibatches)
-    per_rank = ceil(per_minibatch / learner.num_workers)
+    per_minibatch = [ceil(phase.rows / phase.minibatches) for phase in widest.phases]
+    per_rank = [ceil(rows / learner.num_workers) for rows in per_minibatch]
     needs = frozenset[str]().union(*algorithm.needs.values())
     wanted = needs & {"old_logprobs", "old_entropy", "recorded_logprobs", "row_sketch"}
-    single = loop.minibatches * loop.epochs == 1 and wanted <= {"old_logprobs"}
+    alone = all(phase.optimizer_steps == 1 for phase in widest.phases)
+    single = alone and wanted <= {"old_logprobs"}
     parameters, hidden, layers, vocabulary = model_size(architecture)
     return Plan(
         algorithm=describe(recipe.algorithm),
         steps=loop.steps,
         prompts_per_step=loop.prompts_per_step,
-        rollouts_per_prompt=group,
-        expert_rows=expert_rows,
-        rows=rows,
-        minibatches=loop.minibatches,
-        epochs=loop.epochs,
-        optimizer_steps=loop.steps * loop.minibatches * loop.epochs,
+        rollouts=widest.rollouts,
+        rounds=widest.rounds,
+        rows=widest.rows,
+        expert_rows=widest.expert_rows,
+        phases=widest.phases,
+        optimizer_steps=sum(size.optimizer_steps for size in sizes),
         ranks=learner.num_workers,
-        rows_per_minibatch=per_minibatch,
+        rows_per_minibatch=max(per_minibatch),
         max_tokens_per_row=longest,
-        max_tokens_per_rank=per_rank * longest * loop.minibatches,
+        max_tokens_per_rank=longest
+        * sum(n * phase.minibatches for n, phase in zip(per_rank, widest.phases, strict=True)),
         micro_batches_per_minibatch=ceil(
-            per_rank / (learner.max_tokens_per_micro_batch // longest)
+            max(per_rank) / (learner.max_tokens_per_micro_batch // longest)
         ),
         old_logprobs=(
             "not needed"
@@ -101,17 +113,6 @@ def make_plan(recipe: Recipe, architecture: Any) -> Plan:
         rollout_gib_per_worker=parameters * BYTES[rollouts.dtype or learner.dtype] / GIB
         + (rollouts.kv_cache_gib if rollouts.device == "cpu" else 0.0),
     )
-
-
-def widest_step(recipe: Recipe) -> tuple[int, int]:
-    """Rollouts a prompt and demonstrations of a step; with stages, those of the stage that has most rows."""
-    prompts = recipe.loop.prompts_per_step
-    steps = []
-    for config in recipe.algorithm.sections.values():
-        group = getattr(config, "rollouts_per_prompt", 0)
-        stream = resolve(config.type)(config, recipe.setup).expert_rows(0)
-        steps.append((group, stream if group else prompts))
-    return max(steps, key=lambda step: prompts * step[0] + step[1])
 
 
 def describe(config: AlgorithmConfig) -> str:
