@@ -12,8 +12,9 @@ import yaml
 
 from plait.engine.checkpoint import RunState
 from plait.engine.config import LoopConfig
-from plait.engine.errors import ConfigError
+from plait.engine.errors import ConfigError, LearnerError
 from plait.engine.loop import end_reason
+from plait.launch import compare
 from plait.launch.compare import Budget, Outcome, check_same, plan_runs, read_variants
 from plait.launch.compare_chart import Curve, Scale, draw_curves
 from plait.launch.compare_report import collect, learning_curves, read_curve, write_report
@@ -238,3 +239,57 @@ def test_summary_fields_are_those_of_a_run():
     )
     streams = {"prompts": 3, "experts": 0}
     assert summary(0, 0, 0, 0).keys() <= summarize(recipe, state, streams, {}, 1.0).keys()
+
+
+# --------------------------------------------------------------------------------------------- runs
+
+
+class Workers:
+    closed = 0
+
+    def close(self):
+        self.closed += 1
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [("absent", {"overwrite": True, "resume": False}), ("checkpoint", {"overwrite": False, "resume": True})],
+)  # fmt: skip
+def test_an_interrupted_run_continues_from_its_checkpoint_or_starts_over(
+    tmp_path, monkeypatch, state, expected
+):
+    (entry,) = plan(tmp_path, "grpo")
+    checkpoints = entry.recipe.folder / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    if state == "checkpoint":
+        (checkpoints / "latest").write_text("step-000001")
+    calls = []
+
+    def train(recipe, *, workers, **options):
+        calls.append(options)
+        return {"steps": 4}
+
+    monkeypatch.setattr(compare, "train", train)
+    workers: Any = Workers()
+    assert compare.run_one(entry, workers, keep_models=False).summary == {"steps": 4}
+    assert calls == [expected]
+    assert not checkpoints.exists(), "a finished run keeps no model"
+    (entry.recipe.folder / "summary.json").write_text('{"steps": 5}')
+    assert compare.run_one(entry, workers, keep_models=False).summary == {"steps": 5}
+    assert len(calls) == 1, "a finished run is not trained again"
+    assert workers.closed == 0
+
+
+def test_a_failed_run_is_an_outcome_and_its_rollout_workers_are_not_used_again(
+    tmp_path, monkeypatch
+):
+    (entry,) = plan(tmp_path, "grpo")
+
+    def train(recipe, **options):
+        raise LearnerError("loss not finite\nand more")
+
+    monkeypatch.setattr(compare, "train", train)
+    workers: Any = Workers()
+    outcome = compare.run_one(entry, workers, keep_models=False)
+    assert (outcome.summary, outcome.failure) == (None, "LearnerError: loss not finite")
+    assert workers.closed == 1
