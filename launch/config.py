@@ -353,14 +353,15 @@ def contradictions(recipe: Recipe) -> list[Problem]:
             f"the last one would begin after {begins} steps, loop.steps = {steps} never gets there; raise loop.steps, "
             "or shorten the stages before it",
         )
-    hook = getattr(getattr(algorithm, "expert_loss", None), "input_hook", None)
     segments = not learner.packing or learner.attention == "segments" or on_cpu
-    check(
-        segments or not getattr(hook, "hide_from_attention", False),
-        "algorithm.expert_loss.input_hook.hide_from_attention",
-        True,
-        "flash-attention cannot hide tokens; set learner.attention = segments",
-    )
+    for section, config in algorithm.sections.items():
+        hook = getattr(getattr(config, "expert_loss", None), "input_hook", None)
+        check(
+            segments or not getattr(hook, "hide_from_attention", False),
+            f"{section}.expert_loss.input_hook.hide_from_attention",
+            True,
+            "flash-attention cannot hide tokens; set learner.attention = segments",
+        )
     return problems + unfed_expert_loss(recipe)
 
 
