@@ -249,7 +249,7 @@ class Build:
 
     def parts(self, scorer: Any) -> tuple[Parts, RecordingRank]:
         recipe, algorithm = self.recipe, self.recipe.build_algorithm()
-        algorithm.use_prompts(self.data.find, self.data.show_hint)
+        algorithm.use_prompts(self.data)
         rank = RecordingRank(self.worker)
         learners = LearnerGroup(
             rank,
