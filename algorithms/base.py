@@ -305,6 +305,11 @@ class AlgorithmBase(ABC):
         phase = self.phase(rollouts + experts)
         return StepSize(rollouts, int(rollouts > 0), experts, (phase,))
 
+    @property
+    def rows_per_expert(self) -> int:
+        """2 where the expert loss compares each demonstration with a rejected response, taken to be one."""
+        return 2 if self.expert_loss is not None and "pairs" in self.expert_loss.needs else 1
+
     def phase(self, rows: int, loss: str = "main") -> Phase:
         return Phase(loss, rows, self.setup.minibatches, self.setup.epochs)
 

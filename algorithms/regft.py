@@ -156,9 +156,9 @@ class Regft(Sft):
         return self._ledger
 
     def step_size(self, num_prompts: int, step: int) -> StepSize:
-        """Every prompt is hard and keeps what it may."""
-        group = self.config.rollouts_per_prompt
-        rows = num_prompts * min(group, self.config.max_kept_per_problem)
+        """Every prompt is hard and keeps what it may, or one solution beside a rejected one."""
+        group, kept = self.config.rollouts_per_prompt, self.config.max_kept_per_problem
+        rows = num_prompts * (min(group, kept) if self.rows_per_expert == 1 else 2)
         return StepSize(2 * num_prompts * group, 2, rows, (self.phase(rows),))
 
     def metrics(self) -> Mapping[str, float]:

@@ -158,8 +158,9 @@ class Relift(AlgorithmBase):
         due = (step + 1) * num_prompts // full > step * num_prompts // full
         if not due:
             return size
-        sft = Phase("sft", full, epochs=self.config.expert_epochs)
-        return replace(size, expert_rows=full, phases=(*size.phases, sft))
+        rows = full * self.rows_per_expert
+        sft = Phase("sft", rows, epochs=self.config.expert_epochs)
+        return replace(size, expert_rows=rows, phases=(*size.phases, sft))
 
     def metrics(self) -> Mapping[str, float]:
         return {

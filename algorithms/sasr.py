@@ -135,7 +135,8 @@ class Sasr(AlgorithmBase):
     def step_size(self, num_prompts: int, step: int) -> StepSize:
         """Demonstrations in the warm-up; after it the larger of the two kinds of step, RL."""
         if step < self.config.warmup_steps:
-            return StepSize(0, 0, num_prompts, (self.phase(num_prompts, "sft"),))
+            rows = num_prompts * self.rows_per_expert
+            return StepSize(0, 0, rows, (self.phase(rows, "sft"),))
         return super().step_size(num_prompts, step)
 
     def metrics(self) -> Mapping[str, float]:

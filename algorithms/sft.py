@@ -135,7 +135,8 @@ class Sft(AlgorithmBase):
     def step_size(self, num_prompts: int, step: int) -> StepSize:
         """One demonstration a prompt, and the rollouts that a selection rule looks at."""
         num = 0 if self.selection is None else self.selection.rule.num_rollouts
-        return StepSize(num_prompts * num, int(num > 0), num_prompts, (self.phase(num_prompts),))
+        rows = num_prompts * self.rows_per_expert
+        return StepSize(num_prompts * num, int(num > 0), rows, (self.phase(rows),))
 
     def metrics(self) -> Mapping[str, float]:
         known = super().metrics()

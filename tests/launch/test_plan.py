@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
+from plait.algorithms import Setup, resolve
 from plait.algorithms.step_size import Phase
+from plait.engine.types import Sampling
 from plait.launch.config import validate
 from plait.launch.plan import Plan, make_plan
 
@@ -78,6 +80,15 @@ def test_relifts_extra_phases_come_as_often_as_the_buffer_can_fill():
     assert (result.rows, result.rows_per_minibatch) == (48, 16)
     # 160 prompts that all fail fill the buffer of 16 ten times.
     assert result.optimizer_steps == STEPS * 2 + 10 * 3
+
+
+@pytest.mark.parametrize("name", ["sft", "sasr"])
+def test_a_loss_that_compares_pairs_doubles_the_rows(name):
+    cls = resolve(name)
+    config = {"type": name, "expert_loss": {"type": "dpop"}, "warmup_steps": 5}
+    fields = {key: value for key, value in config.items() if key in cls.Config.model_fields}
+    algorithm = cls(cls.Config.model_validate(fields), Setup(Sampling(32)))
+    assert algorithm.step_size(PROMPTS, 0).rows == 2 * PROMPTS
 
 
 def test_stages_count_each_step_as_its_stage_does():
