@@ -17,6 +17,7 @@ from .grpo import Grpo
 from .hpt import Hpt
 from .luffy import Luffy
 from .one_token_rollout import OneTokenRollout
+from .ppo import Ppo
 from .prefix_rft import PrefixRft
 from .regft import Regft
 from .relift import Relift
@@ -39,6 +40,7 @@ ALGORITHMS: dict[str, type[AlgorithmBase]] = {
     "hpt": Hpt,
     "luffy": Luffy,
     "one_token_rollout": OneTokenRollout,
+    "ppo": Ppo,
     "prefix_rft": PrefixRft,
     "regft": Regft,
     "relift": Relift,

@@ -95,18 +95,23 @@ class RolloutFields(AlgorithmConfig):
     kl_estimator: KlEstimator = "k3"
 
 
-class GroupFields(RolloutFields):
-    """Fields of every algorithm that compares the rows of a group."""
+class CreditFields(RolloutFields):
+    """Fields of every algorithm that gives POLICY tokens advantages, however it finds them."""
 
-    advantage: Estimator = "group_std"
-    advantage_epsilon: float = Field(default=1e-6, gt=0)
     sampler_ratio_cap: float | None = Field(default=None, gt=0)
     """Cap of the truncated importance weight between sampler and learner; null: no correction."""
     drop_uniform_groups: bool = False
     """Groups whose scored rows all have the same reward leave the loss."""
 
 
-class PolicyFields(GroupFields):
+class GroupFields(CreditFields):
+    """Fields of every algorithm that compares the rows of a group."""
+
+    advantage: Estimator = "group_std"
+    advantage_epsilon: float = Field(default=1e-6, gt=0)
+
+
+class SurrogateFields(CreditFields):
     """Fields of every algorithm with a policy surrogate."""
 
     clip_low: float | None = Field(default=0.2, ge=0)
@@ -114,6 +119,10 @@ class PolicyFields(GroupFields):
     clip_high: float | None = Field(default=0.2, ge=0)
     dual_clip: float | None = Field(default=None, gt=1)
     ratio_level: Literal["token", "sequence"] = "token"
+
+
+class PolicyFields(GroupFields, SurrogateFields):
+    """Fields of every algorithm with a policy surrogate on group advantages."""
 
 
 class ExpertFields(AlgorithmConfig):
@@ -157,18 +166,26 @@ def credit_groups(
     rewards = [s.reward for s in samples]
     groups = [s.group_id for s in samples]
     advantages = estimate_advantages(rewards, groups, config.advantage, config.advantage_epsilon)
-    dropped = uniform_groups(rewards, groups) if config.drop_uniform_groups else set[str]()
     rows = []
     for sample, advantage in zip(samples, advantages, strict=True):
-        if sample.reward is None:
-            rows.append(sample)
-        elif sample.group_id in dropped:
-            rows.append(replace(sample, weights=np.zeros_like(sample.weights)))
-        else:
+        if sample.reward is not None:
             for source in sources:
                 sample = sample.with_advantage(advantage, on=source)
-            rows.append(sample)
-    return rows
+        rows.append(sample)
+    return drop_uniform(rows, config)
+
+
+def drop_uniform(samples: Sequence[Sample], config: CreditFields) -> list[Sample]:
+    """With `drop_uniform_groups`, the scored rows of groups whose rewards are all equal get weight 0."""
+    if not config.drop_uniform_groups:
+        return list(samples)
+    dropped = uniform_groups([s.reward for s in samples], [s.group_id for s in samples])
+    return [
+        replace(sample, weights=np.zeros_like(sample.weights))
+        if sample.reward is not None and sample.group_id in dropped
+        else sample
+        for sample in samples
+    ]
 
 
 class PromptSource(Protocol):

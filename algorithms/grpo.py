@@ -37,7 +37,14 @@ from ..engine.types import (
     Update,
 )
 from .advantages import uniform_groups
-from .base import AlgorithmBase, PolicyFields, RolloutFields, Setup, surrogate_needs
+from .base import (
+    AlgorithmBase,
+    PolicyFields,
+    RolloutFields,
+    Setup,
+    SurrogateFields,
+    surrogate_needs,
+)
 from .losses import Members, Normalizer, entropy_component, kl_component, policy_component
 from .rows import rollout_rows
 from .step_size import StepSize
@@ -60,7 +67,7 @@ class GrpoConfig(PolicyFields):
 
 
 def grpo_loss(
-    out: PolicyOutput, batch: TrainBatch, coefs: Mapping[str, float], *, config: PolicyFields
+    out: PolicyOutput, batch: TrainBatch, coefs: Mapping[str, float], *, config: SurrogateFields
 ) -> LossOutput:
     """Surrogate, entropy bonus and KL penalty; out.logprobs and out.entropy are [T]."""
     policy, metrics = policy_component(out, batch, config)

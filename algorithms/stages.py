@@ -197,7 +197,11 @@ class Stages(AlgorithmBase):
     ) -> Sequence[Update]:
         own = self.stage_at(step)[1]
         updates = [
-            replace(update, loss=self.named(update.loss))
+            replace(
+                update,
+                loss=self.named(update.loss),
+                critic_loss=update.critic_loss and self.named(update.critic_loss),
+            )
             for update in self.current.assemble(plan, groups, own)
         ]
         if updates and self.stage > self.entered:

@@ -14,6 +14,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from .errors import LearnerError
+from .types import TrainBatch
+
 SEGMENTS = "plait_segments"
 
 
@@ -92,3 +95,55 @@ def no_mask(*_: Any, **__: Any) -> None:
 
 AttentionInterface.register(SEGMENTS, segment_attention)
 AttentionMaskInterface.register(SEGMENTS, no_mask)
+
+
+def hidden_states(body: Any, batch: TrainBatch, *, packing: bool) -> Tensor:
+    """Last hidden state of every token: [T, hidden]. `body` is a transformer without its head.
+
+    Without `packing` rows are padded to one length, for comparison.
+    """
+    lengths = batch.row_starts.diff().tolist()
+    if packing:
+        implementation = body.config._attn_implementation
+        if implementation == SEGMENTS:
+            segments: dict[str, Any] = {"row_lengths": lengths}
+            if batch.hidden is not None:
+                segments["hidden"] = batch.hidden
+        elif batch.hidden is not None:
+            raise LearnerError(
+                f"learner.attention = {implementation!r} cannot hide tokens; use segments, or leave out "
+                "algorithm.expert_loss.input_hook.hide_from_attention"
+            )
+        else:
+            starts = batch.row_starts.to(torch.int32)
+            longest = max(lengths)
+            segments = {
+                "cu_seq_lens_q": starts,
+                "cu_seq_lens_k": starts,
+                "max_length_q": longest,
+                "max_length_k": longest,
+            }
+        output = body(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            use_cache=False,
+            **segments,
+        )
+        return output.last_hidden_state[0]
+    rows = batch.input_ids.split(lengths)
+    padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    columns = torch.arange(padded.shape[1], device=padded.device)
+    mask = columns[None] < batch.row_starts.diff()[:, None]
+    visible = mask
+    if batch.hidden is not None:
+        hidden = torch.nn.utils.rnn.pad_sequence(
+            list(batch.hidden.split(lengths)), batch_first=True
+        )
+        visible = mask & ~hidden
+    output = body(
+        input_ids=padded,
+        attention_mask=visible.long(),
+        position_ids=columns[None].expand_as(padded),
+        use_cache=False,
+    )
+    return output.last_hidden_state[mask]

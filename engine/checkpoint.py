@@ -17,7 +17,7 @@ from typing import Any
 from .config import CheckpointConfig
 from .contracts import Algorithm, DataSource, Learners
 from .errors import CheckpointError
-from .metrics import EvalResult
+from .metrics import EvalResult, num_policy_steps
 from .types import RolloutGroup, UpdateReport
 
 STATE_FILE = "state.json"
@@ -36,6 +36,7 @@ class RunState:
     syncs_proved: int = 0
     """Weight syncs whose proof held; one that fails ends the run."""
     optimizer_steps: int = 0
+    """Of the policy; a critic's are not counted."""
     tokens: dict[str, int] = field(default_factory=dict)
     """Trained tokens so far, by source; "computed": all of the forward passes; "generated": sampled to train on."""
     step_seconds: float = 0.0
@@ -45,14 +46,16 @@ class RunState:
     eval_before: EvalResult | None = None
     eval_after: EvalResult | None = None
 
-    def advance(self, reports: Sequence[UpdateReport]) -> None:
-        """Account for one finished step; weights that changed get a new version."""
+    def advance(self, reports: Sequence[UpdateReport]) -> bool:
+        """Account for one finished step; weights that changed get a new version. Returns whether they did."""
+        moved = num_policy_steps(reports)
         self.step += 1
-        self.policy_version += bool(reports)
-        self.optimizer_steps += len(reports)
+        self.policy_version += bool(moved)
+        self.optimizer_steps += moved
         for report in reports:
             for source, n in report.tokens.items():
                 self.tokens[source] = self.tokens.get(source, 0) + n
+        return bool(moved)
 
     def count_generated(self, rounds: Sequence[Sequence[RolloutGroup]]) -> None:
         """Add what a step sampled; forced prefixes were not sampled."""

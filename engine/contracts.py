@@ -29,6 +29,7 @@ Need = Literal[
     "old_logprobs",
     "ref_logprobs",
     "values",
+    "new_values",
     "entropy",
     "old_entropy",
     "recorded_logprobs",
@@ -54,9 +55,10 @@ Need = Literal[
 From `token_weights` to `behaviour_logprobs`: the data stores it with each demonstration; `row_rewards` are the scores
 of demonstrations. `ref_logprobs` are the data's where it has them, else the frozen reference's.
 `token_samples` are drawn in the forward pass as the algorithm's `token_sampling` says and come as `out.samples`;
-`entropy` is differentiable and current; `old_entropy` and `old_logprobs` are recorded before the first update.
-`recorded_logprobs` are old log-probs that `finish` reads: they are recorded even where one optimizer step takes the
-whole batch and they equal the current ones. `row_sketch`: nuclear norm and sketch of each row's logits (row_sketch.py).
+`entropy` is differentiable and current; `old_entropy`, `old_logprobs` and `values` (the critic's) are recorded before
+the first update. `recorded_logprobs` are old log-probs that `finish` reads: they are recorded even where one optimizer
+step takes the whole batch and they equal the current ones. `new_values` marks a loss that trains the critic: it gets
+`out.values`, and no log-probs. `row_sketch`: nuclear norm and sketch of each row's logits (row_sketch.py).
 """
 
 UNAVAILABLE: Mapping[str, str] = {

@@ -41,7 +41,6 @@ from .types import (
 if TYPE_CHECKING:
     from .weight_sync import WeightSender
 
-POLICY = "policy"
 REFERENCE_FILE = "reference.pt"
 
 
@@ -82,7 +81,7 @@ def learning_rate(config: LearnerConfig, step: int, total_steps: int) -> float:
 
 
 class LearnerWorker:
-    """Holds the policy, its optimizer and, where a loss needs it, the frozen reference."""
+    """Holds the policy with its optimizer and, where a loss needs them, the frozen reference and the critic."""
 
     def __init__(
         self,
@@ -94,6 +93,7 @@ class LearnerWorker:
         token_sampling: TokenSampling | None = None,
         seed: int = 0,
     ) -> None:
+        from .critic import load_critic
         from .model import PolicyModel, load_model
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -121,9 +121,12 @@ class LearnerWorker:
             frozen = load_model(model_path, config.model_copy(update={"parameter_selection": None}))
             frozen.requires_grad_(False).eval().to(self.device)
             self.reference = PolicyModel(frozen, packing=config.packing, logit_chunk_tokens=chunk)
-        self.engine = ModelEngine(policy, config, POLICY)
+        self.engine = ModelEngine(policy, config, "policy")
         self.engine.mask = make_mask(self.engine.deepspeed, config, seed)
         policy.check_head()
+        self.critic: ModelEngine | None = None
+        if any(need & {"values", "new_values"} for need in needs.values()):
+            self.critic = ModelEngine(load_critic(model_path, config), config, "critic")
         self.sender: WeightSender | None = None
 
     def _join_ranks(self) -> None:
@@ -156,7 +159,7 @@ class LearnerWorker:
     def annotate(
         self, micro_batches: Sequence[TrainBatch], needs: frozenset[Need]
     ) -> list[dict[str, Tensor]]:
-        """No-grad columns of each micro-batch, as declared: log-probs and entropy [T], sketches [N]."""
+        """No-grad columns of each micro-batch, as declared: log-probs, entropy and values [T], sketches [N]."""
         columns: list[dict[str, Tensor]] = []
         for micro_batch in micro_batches:
             batch = self._to_device(micro_batch)
@@ -173,6 +176,9 @@ class LearnerWorker:
                 if "ref_logprobs" in needs:
                     assert self.reference is not None
                     column["ref_logprobs"], _, _ = self.reference(batch, False)
+                if "values" in needs:
+                    assert self.critic is not None
+                    column["values"] = self.critic(batch)
             blank_row = micro_batch.num_rows == 0
             columns.append({k: v[:0] if blank_row else v.cpu() for k, v in column.items()})
         return columns
@@ -196,13 +202,15 @@ class LearnerWorker:
     ) -> UpdateReport:
         """Accumulate the gradients of a minibatch and apply them with the AdamW moments of that name.
 
+        A loss that needs `new_values` moves the critic, every other one the policy.
         Raises LearnerError naming the metric when the loss or a gradient is not finite; nothing is applied then.
         """
         metrics = self._accumulate(micro_batches, loss_name, coefs)
-        if self.engine.mask is not None:
-            metrics["trained_share"] = self.engine.mask.select()
-        grad_norm = self.engine.apply(learning_rate, optimizer)
-        return UpdateReport(loss_name, grad_norm, metrics, learning_rate)
+        engine = self._trained_by(loss_name)
+        if engine.mask is not None:
+            metrics["trained_share"] = engine.mask.select()
+        grad_norm = engine.apply(learning_rate, optimizer)
+        return UpdateReport(loss_name, grad_norm, metrics, learning_rate, model=engine.name)
 
     def gradients(
         self,
@@ -216,8 +224,10 @@ class LearnerWorker:
         With `only`, the part of it that goes through tokens of that source.
         """
         metrics = self._accumulate(micro_batches, loss_name, coefs, only)
-        found = {name: gradient.clone() for name, gradient in self.engine.gradients()}
-        return UpdateReport(loss_name, self.engine.discard(), metrics, 0.0), found
+        engine = self._trained_by(loss_name)
+        found = {name: gradient.clone() for name, gradient in engine.gradients()}
+        norm = engine.discard()
+        return UpdateReport(loss_name, norm, metrics, 0.0, model=engine.name), found
 
     def compare_gradients(
         self, probes: Sequence[tuple[Sequence[TrainBatch], str, Mapping[str, float], Source | None]]
@@ -229,12 +239,20 @@ class LearnerWorker:
         shares, metrics = [], []
         for micro_batches, loss_name, coefs, only in probes:
             metrics.append(self._accumulate(micro_batches, loss_name, coefs, only))
-            shares.append(self.engine.gradient_share())
-            self.engine.discard()
+            engine = self._trained_by(loss_name)
+            shares.append(engine.gradient_share())
+            engine.discard()
         gram = gram_matrix(shares).to(self.device)
         if self.rank.world_size > 1:
             torch.distributed.all_reduce(gram)
         return gram.tolist(), metrics
+
+    def _trained_by(self, loss_name: str) -> ModelEngine:
+        """The model that a loss trains."""
+        if "new_values" not in self.needs[loss_name]:
+            return self.engine
+        assert self.critic is not None
+        return self.critic
 
     def _accumulate(
         self,
@@ -244,23 +262,25 @@ class LearnerWorker:
         only: Source | None = None,
     ) -> dict[str, float]:
         """Forward and backward of every micro-batch; metrics summed over micro-batches and ranks."""
-        loss_fn, needs = self.losses[loss_name], self.needs[loss_name]
+        loss_fn, needs, engine = (
+            self.losses[loss_name],
+            self.needs[loss_name],
+            self._trained_by(loss_name),
+        )
         totals: dict[str, Tensor] = {}
         for i, micro_batch in enumerate(micro_batches):
             batch = self._to_device(micro_batch)
-            logprobs, entropy, sums = self.engine(
-                batch, "entropy" in needs, "token_samples" in needs
-            )
-            samples = None if sums is None else TokenSamples(*sums)
+            out = self._output(engine, batch, needs)
             if "old_logprobs" in needs and batch.old_logprobs is None:
                 # One optimizer step consumes the whole batch: the old policy is the current one.
-                batch = replace(batch, old_logprobs=logprobs.detach())
-            out = PolicyOutput(logprobs, entropy, samples=samples)
+                batch = replace(batch, old_logprobs=out.logprobs.detach())
             if only is not None:
                 out = keep_source(out, batch, only)
             result = loss_fn(out, batch, coefs)
-            self.engine.backward(result.loss, last=i == len(micro_batches) - 1)
-            measured = {"loss": result.loss, **result.metrics, **self._diagnostics(batch)}
+            engine.backward(result.loss, last=i == len(micro_batches) - 1)
+            measured = {"loss": result.loss, **result.metrics}
+            if engine is self.engine:
+                measured |= self._diagnostics(batch)
             for name, value in measured.items():
                 totals[name] = totals.get(name, 0) + value.detach().double()
         sums = self._sum_over_ranks(totals)
@@ -268,9 +288,20 @@ class LearnerWorker:
         if bad:
             raise LearnerError(
                 f"update {loss_name!r}: {', '.join(bad)} not finite; the step was not applied. "
-                "Lower learner.learning_rate, or bound the ratio (algorithm.clip_high, dual_clip)"
+                f"Lower the learning rate of the {engine.name}, or bound the ratio (algorithm.clip_high, dual_clip)"
             )
-        return derived_metrics(sums)
+        return derived_metrics(sums) if engine is self.engine else sums
+
+    def _output(
+        self, engine: ModelEngine, batch: TrainBatch, needs: frozenset[Need]
+    ) -> PolicyOutput:
+        """Forward pass of the model that trains, with gradient."""
+        if engine is self.critic:
+            values = engine(batch)
+            return PolicyOutput(torch.full_like(values, torch.nan), values=values)
+        logprobs, entropy, sums = engine(batch, "entropy" in needs, "token_samples" in needs)
+        samples = None if sums is None else TokenSamples(*sums)
+        return PolicyOutput(logprobs, entropy, samples=samples)
 
     def _diagnostics(self, batch: TrainBatch) -> dict[str, Tensor]:
         """Sums over this micro-batch that `derived_metrics` turns into metrics once they are added over ranks.
@@ -339,13 +370,19 @@ class LearnerWorker:
             frozen[name].data.copy_(weight)
         self.reference_moved = True
 
+    @property
+    def _engines(self) -> list[ModelEngine]:
+        return [self.engine] if self.critic is None else [self.engine, self.critic]
+
     def save(self, folder: str) -> None:
-        self.engine.save(folder, self.rank.index)
+        for engine in self._engines:
+            engine.save(folder, self.rank.index)
         if self.reference is not None and self.reference_moved and self.rank.index == 0:
             torch.save(self.reference.model.state_dict(), Path(folder) / REFERENCE_FILE)
 
     def load(self, folder: str) -> None:
-        self.engine.load(folder, self.rank.index)
+        for engine in self._engines:
+            engine.load(folder, self.rank.index)
         moved = Path(folder) / REFERENCE_FILE
         if self.reference is not None and moved.exists():
             weights = torch.load(moved, map_location=self.device, weights_only=True)

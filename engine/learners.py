@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -169,12 +169,12 @@ class LearnerGroup:
         self.total_steps, self.seed, self.route = total_steps, seed, route
 
     def annotate(self, batch: TrainBatch, needs: frozenset[Need], *, single: bool) -> TrainBatch:
-        """Fill old_logprobs, old_entropy, ref_logprobs and the sketch of each row where `needs` names them.
+        """Fill old_logprobs, old_entropy, ref_logprobs, values and the sketch of each row where `needs` names them.
 
         With `single` (one optimizer step takes the whole batch) old log-probs are the current ones, so no pass is run
         for them alone.
         """
-        wanted = needs & {"old_logprobs", "old_entropy", "ref_logprobs", "row_sketch"}
+        wanted = needs & {"old_logprobs", "old_entropy", "ref_logprobs", "values", "row_sketch"}
         if "recorded_logprobs" in needs:
             wanted |= {"old_logprobs"}
         elif single and not wanted & {"old_entropy", "row_sketch"}:
@@ -216,9 +216,7 @@ class LearnerGroup:
         """Minibatches x epochs optimizer steps over an annotated batch; no rows, no step."""
         if batch.denom.tokens == 0:
             return []
-        rate = update.learning_rate
-        if rate is None:
-            rate = learning_rate(self.config, step, self.total_steps)
+        scheduled = learning_rate(self.config, step, self.total_steps)
         reports = []
         for epoch in range(update.epochs):
             seed = hash((self.seed, step, epoch)) & 0xFFFFFFFF
@@ -228,10 +226,22 @@ class LearnerGroup:
                 minibatch = replace(minibatch, denom=count(minibatch))
                 if minibatch.denom.tokens:
                     minibatch = self._prepare(minibatch, update.loss, update.coefs, prepare)
-                    reports.append(self._step(minibatch, update, rate))
+                    reports += self._steps(minibatch, update, scheduled)
                     if remember is not None:
                         remember(minibatch)
         return reports
+
+    def _steps(
+        self, minibatch: TrainBatch, update: Update, scheduled: float
+    ) -> Iterator[UpdateReport]:
+        """The update's own optimizer step, then the critic's where it has one."""
+        rate = update.learning_rate
+        rate = scheduled if rate is None else rate
+        yield self._step(minibatch, update.loss, update.coefs, rate, update.optimizer)
+        if update.critic_loss is not None:
+            rate = update.critic_learning_rate
+            rate = scheduled if rate is None else rate
+            yield self._step(minibatch, update.critic_loss, update.coefs, rate, "main")
 
     def compare_gradients(
         self, probes: Sequence[GradientProbe], *, step: int, prepare: PrepareFn | None = None
@@ -271,26 +281,27 @@ class LearnerGroup:
             return None
         return self.annotate(minibatch, frozenset({"old_logprobs"}), single=False).old_logprobs
 
-    def _step(self, minibatch: TrainBatch, update: Update, rate: float) -> UpdateReport:
+    def _step(
+        self,
+        minibatch: TrainBatch,
+        loss: str,
+        coefs: Mapping[str, float],
+        rate: float,
+        optimizer: str,
+    ) -> UpdateReport:
         report = self.ranks.call(
             "step",
             [
-                (
-                    [select(minibatch, rows) for rows in plan],
-                    update.loss,
-                    update.coefs,
-                    rate,
-                    update.optimizer,
-                )
+                ([select(minibatch, rows) for rows in plan], loss, coefs, rate, optimizer)
                 for plan in self._parts(minibatch)
             ],
         )[0]
-        tokens = {
-            "policy": int(minibatch.is_trained(Source.POLICY).sum()),
-            "expert": int(minibatch.is_trained(Source.EXPERT).sum()),
-            "computed": minibatch.num_tokens,
-        }
-        return replace(report, tokens=tokens, metrics={**report.metrics, **update.coefs})
+        policy = int(minibatch.is_trained(Source.POLICY).sum())
+        trained = {"policy": policy, "expert": int(minibatch.is_trained(Source.EXPERT).sum())}
+        if report.model == "critic":
+            trained = {"critic": policy}
+        tokens = {**trained, "computed": minibatch.num_tokens}
+        return replace(report, tokens=tokens, metrics={**report.metrics, **coefs})
 
     def _parts(self, batch: TrainBatch) -> list[list[list[int]]]:
         return partition(batch, self.ranks.world_size, self.config.max_tokens_per_micro_batch)

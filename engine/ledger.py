@@ -100,11 +100,15 @@ def unused_reason(prompt: Prompt, known: Mapping[str, str], unscored: Iterable[s
     return "unknown_score" if no_verdict or prompt.prompt_id in unscored else "not_planned"
 
 
-def split_by_source(updates: Sequence[Update]) -> Probes:
-    """For each update and source with a trained token: the part of its gradient that source accounts for."""
+def split_by_source(algorithm: Algorithm, updates: Sequence[Update]) -> Probes:
+    """For each update and source with a trained token: the part of its gradient that source accounts for.
+
+    Updates of a critic alone have no part in it.
+    """
     return {
         f"{source.name.lower()} of update {i}": (update, source)
         for i, update in enumerate(updates)
+        if "new_values" not in algorithm.needs[update.loss]
         for source in (Source.EXPERT, Source.POLICY)
         if any(trains(sample, source) for sample in update.samples)
     }

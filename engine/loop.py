@@ -85,9 +85,8 @@ def train(config: LoopConfig, evaluation: EvalConfig, sampling: Sampling, parts:
                 reports += apply_update(parts, update, step)
 
         # 5. Samplers follow the learner.
-        state.advance(reports)
         state.count_generated(rounds)
-        if reports:
+        if state.advance(reports):
             publish(parts, state)
         state.step_seconds += time.perf_counter() - started
         ledger |= expert_ledger(algorithm, [*prompts, *experts], groups, updates, step)
@@ -163,7 +162,7 @@ def measure_gradients(
 ) -> dict[str, float]:
     """Gradients at the present weights, none of them applied: what the algorithm asks for, and those of each source."""
     wanted = {name: (u, None) for name, u in parts.algorithm.probes(updates, step).items()}
-    split = split_by_source(updates) if by_source else {}
+    split = split_by_source(parts.algorithm, updates) if by_source else {}
     if not wanted and not split:
         return {}
     with parts.log.phase("gradients"):
@@ -195,9 +194,11 @@ def apply_update(parts: Parts, update: Update, step: int) -> list[UpdateReport]:
 
 
 def make_batch(parts: Parts, update: Update) -> TrainBatch:
-    """All rows of an update with the columns that its loss needs."""
+    """All rows of an update with the columns that its losses need."""
     single = update.minibatches * update.epochs == 1
     needs = parts.algorithm.needs[update.loss]
+    if update.critic_loss is not None:
+        needs |= parts.algorithm.needs[update.critic_loss]
     batch = parts.learners.annotate(collate(update.samples), needs, single=single)
     return parts.algorithm.finish(batch)
 

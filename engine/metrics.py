@@ -89,7 +89,9 @@ def step_metrics(
     versions = [s.policy_version for s in samples if s.policy_version is not None]
     if versions:
         # Rows were sampled before this step's update, under at most the version before the current one.
-        metrics["staleness/max"] = state.policy_version - int(bool(reports)) - min(versions)
+        metrics["staleness/max"] = (
+            state.policy_version - bool(num_policy_steps(reports)) - min(versions)
+        )
     metrics["rows/trained"] = sum(bool((s.weights[s.source > 0] != 0).any()) for s in samples)
     metrics |= report_metrics(reports)
     return metrics
@@ -135,6 +137,11 @@ def demonstration_metrics(prompts: Sequence[Prompt]) -> dict[str, float]:
         "demonstrations/wrong": sum(reward < SUCCESS for reward in known),
         "demonstrations/unknown": len(scores) - len(known),
     }
+
+
+def num_policy_steps(reports: Sequence[UpdateReport]) -> int:
+    """Optimizer steps that moved the policy."""
+    return sum(report.model == "policy" for report in reports)
 
 
 def report_metrics(reports: Sequence[UpdateReport]) -> dict[str, float]:

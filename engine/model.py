@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
-from .attention import SEGMENTS
+from .attention import SEGMENTS, hidden_states
 from .batch import from_sequences
 from .config import LearnerConfig, PatternConfig
 from .errors import LearnerError
@@ -91,7 +91,7 @@ class PolicyModel(nn.Module):
         targets = batch.trained.nonzero().squeeze(-1)
         if len(targets) == 0:
             targets = torch.ones(1, dtype=torch.long, device=batch.input_ids.device)
-        hidden = self.hidden_states(batch)[targets - 1]
+        hidden = hidden_states(self.model.base_model, batch, packing=self.packing)[targets - 1]
         if hidden.requires_grad:
             hidden.register_hook(self._keep_hidden_grad)
         if self.keeps_hidden:
@@ -127,53 +127,6 @@ class PolicyModel(nn.Module):
         with deepspeed.zero.GatheredParameters(list(head.parameters()), enabled=zero_stage == 3):
             norms, sketches = sketch_rows(hidden, lengths, head, self.softcap)
         return {"logit_norms": norms, "logit_sketches": sketches}
-
-    def hidden_states(self, batch: TrainBatch) -> Tensor:
-        """Last hidden state of every token: [T, hidden]."""
-        lengths = batch.row_starts.diff().tolist()
-        body = self.model.base_model
-        if self.packing:
-            implementation = self.model.config._attn_implementation
-            if implementation == SEGMENTS:
-                segments: dict[str, Any] = {"row_lengths": lengths}
-                if batch.hidden is not None:
-                    segments["hidden"] = batch.hidden
-            elif batch.hidden is not None:
-                raise LearnerError(
-                    f"learner.attention = {implementation!r} cannot hide tokens; use segments, or leave out "
-                    "algorithm.expert_loss.input_hook.hide_from_attention"
-                )
-            else:
-                starts = batch.row_starts.to(torch.int32)
-                longest = max(lengths)
-                segments = {
-                    "cu_seq_lens_q": starts,
-                    "cu_seq_lens_k": starts,
-                    "max_length_q": longest,
-                    "max_length_k": longest,
-                }
-            output = body(
-                input_ids=batch.input_ids[None],
-                position_ids=batch.position_ids[None],
-                use_cache=False,
-                **segments,
-            )
-            return output.last_hidden_state[0]
-        rows = batch.input_ids.split(lengths)
-        padded = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-        columns = torch.arange(padded.shape[1], device=padded.device)
-        mask = columns[None] < batch.row_starts.diff()[:, None]
-        visible = mask
-        if batch.hidden is not None:
-            hidden = nn.utils.rnn.pad_sequence(list(batch.hidden.split(lengths)), batch_first=True)
-            visible = mask & ~hidden
-        output = body(
-            input_ids=padded,
-            attention_mask=visible.long(),
-            position_ids=columns[None].expand_as(padded),
-            use_cache=False,
-        )
-        return output.last_hidden_state[mask]
 
     def check_head(self) -> None:
         """Compare with the plain model on one sequence: some architectures scale their logits in ways of their own.

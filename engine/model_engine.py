@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from .config import LearnerConfig
 from .errors import CheckpointError, LearnerError
 from .optimizer_states import MAIN, OptimizerStates
 from .parameter_selection import UpdateMask
+
+ModelName = Literal["policy", "critic"]
 
 
 def deepspeed_config(config: LearnerConfig) -> dict[str, Any]:
@@ -44,11 +46,12 @@ def clips_itself(config: LearnerConfig) -> bool:
 class ModelEngine:
     """A trained module on this rank; calling it is the module's forward pass."""
 
-    def __init__(self, module: torch.nn.Module, config: LearnerConfig, name: str) -> None:
+    def __init__(self, module: torch.nn.Module, config: LearnerConfig, name: ModelName) -> None:
         """`name` is its folder inside a checkpoint."""
         import deepspeed
 
-        self.config, self.name = config, name
+        self.config = config
+        self.name: ModelName = name
         self.deepspeed: Any = deepspeed.initialize(
             model=module,
             optimizer=make_optimizer(module, config),

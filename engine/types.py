@@ -138,6 +138,10 @@ class Update:
     """Fixed rate of this phase; None follows the learner's schedule."""
     refresh_reference: bool = False
     """True copies the current weights into the frozen reference before this phase."""
+    critic_loss: str | None = None
+    """Loss that trains the critic on the same minibatches, after the step of each; None: the critic stays."""
+    critic_learning_rate: float | None = None
+    """As `learning_rate`, of the critic."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,8 +275,10 @@ class PolicyOutput:
     """The differentiable side of a loss: float32 [T], exactly 0 on tokens that are not trained."""
 
     logprobs: Tensor
+    """NaN for a loss that trains the critic."""
     entropy: Tensor | None = None
     values: Tensor | None = None
+    """The critic's present value of the state before each token; only for a loss that needs `new_values`."""
     samples: TokenSamples | None = None
     forward_kl: Tensor | None = None
     """KL(reference || policy) over the whole vocabulary; differentiable."""
@@ -317,6 +323,8 @@ class UpdateReport:
     metrics: Mapping[str, float]
     learning_rate: float
     tokens: Mapping[str, int] = field(default_factory=dict)
-    """Trained tokens by source ("policy", "expert") and "computed" (all tokens of the forward pass)."""
+    """Trained tokens by source ("policy", "expert"), or "critic", and "computed" (all of the forward pass)."""
+    model: Literal["policy", "critic"] = "policy"
+    """Which weights moved."""
     applied: bool = True
     """False when a non-finite gradient made every rank skip the step."""

@@ -164,7 +164,7 @@ def make_updates(algorithm: AlgorithmBase, batch: SavedBatch, *, own: bool) -> S
     plan = make_plan(algorithm, batch)
     groups = batch.rollout_groups if own and plan.requests else fit_groups(algorithm, batch, plan)
     updates = algorithm.assemble(plan, groups, batch.step)
-    trained = [update for update in updates if split_by_source([update])]
+    trained = [update for update in updates if split_by_source(algorithm, [update])]
     if not trained:
         raise Unanswerable("no row of this batch trains with it")
     return trained
@@ -239,7 +239,7 @@ def measure(
                 loss = f"{name}.{update.loss}"
                 probes = [
                     GradientProbe(source.name, batch, loss, update.coefs, source)
-                    for _, source in split_by_source([update]).values()
+                    for _, source in split_by_source(algorithm, [update]).values()
                 ]
                 found = learners.compare_gradients(probes, step=step, prepare=algorithm.prepare)
                 answers[name].append(make_answer(name, update, found, batch.denom))

@@ -24,32 +24,23 @@ from ..engine.batch import collate, select
 from ..engine.errors import ConfigError, DataError
 from ..engine.model import token_statistics
 from ..engine.probes import GradientComparison
-from ..engine.types import PolicyOutput, Sample, Sampling, Source, TrainBatch, UpdateReport
+from ..engine.types import PolicyOutput, Sampling, TrainBatch, UpdateReport
+from .golden_critic import run_value_loss, token_advantages
 from .golden_expert import (
     CaseError,
     check_columns,
     remembered,
-    sample_id,
     trace_expert_loss,
     with_expert_columns,
 )
 from .golden_pairs import input_trace, normalizers
 from .golden_prefix import PREFIX_TRACES, recorded_entropy, token_samples
 from .golden_rounds import ROUND_TRACES
+from .golden_rows import column, row_sample, with_columns
 from .golden_selection import trace_selection
 
 SCHEMA = 1
 TOLERANCE = 1e-6
-COLUMNS = (
-    "old_logprobs",
-    "ref_logprobs",
-    "values",
-    "returns",
-    "old_entropy",
-    "base_logprobs",
-    "history_logprobs",
-    "prompt_attention",
-)
 Case = Mapping[str, Any]
 
 
@@ -162,29 +153,6 @@ def build(case: Case) -> AlgorithmBase:
     return cls(config, Setup(Sampling(max_tokens=config.max_response_length)))
 
 
-def row_sample(row: Case) -> Sample:
-    """A golden row as a Sample: one CONTEXT token (nothing predicts a row's first token), then the response."""
-    response = row.get("response_ids") or []
-    n, prefix = len(response), row.get("prefix_len", 0)
-    kind = {"policy": Source.POLICY, "hybrid": Source.POLICY, "expert": Source.EXPERT}[
-        row["source"]
-    ]
-    source = np.full(n + 1, kind, dtype=np.int8)
-    source[0] = Source.CONTEXT
-    source[1 : 1 + prefix] = Source.EXPERT
-    return Sample(
-        token_ids=np.asarray([0, *response], dtype=np.int32),
-        source=source,
-        advantages=np.zeros(n + 1),
-        weights=np.asarray([1.0, *(row.get("token_weights") or [1.0] * n)]),
-        rollout_logprobs=np.asarray([np.nan, *(row.get("rollout_logprobs") or [np.nan] * n)]),
-        group_id=row["group"],
-        reward=row.get("reward"),
-        sample_id=sample_id(row),
-        pair=row.get("pair"),
-    )
-
-
 def run_loss(case: Case) -> dict[str, Any]:
     """Credit, finish, loss and gradient of one minibatch, whole or in the case's micro-batches."""
     algorithm = build(case)
@@ -193,10 +161,10 @@ def run_loss(case: Case) -> dict[str, Any]:
         raise CaseError(
             f"{case['algorithm']} has no loss {update!r}; it has {list(algorithm.losses)}"
         )
+    if "new_values" in algorithm.needs[update]:
+        return run_value_loss(case, algorithm, update)
     samples = algorithm.credit([row_sample(row) for row in rows])
-    batch = collate(samples, torch.float64)
-    present = [n for n in COLUMNS if has(rows, n) or n in algorithm.needs[update]]
-    batch = replace(batch, **{name: column(rows, name) for name in present})
+    batch = with_columns(collate(samples, torch.float64), rows, algorithm.needs[update])
     if "behaviour_logprobs" in algorithm.needs[update]:
         batch = replace(batch, behaviour_logprobs=column(rows, "old_logprobs"))
     if "old_entropy" in algorithm.needs[update]:
@@ -257,22 +225,11 @@ def policy_output(logits: Sequence[Tensor], batch: TrainBatch) -> PolicyOutput:
     )
 
 
-def has(rows: Sequence[Case], name: str) -> bool:
-    return any(row.get(name) is not None for row in rows)
-
-
-def column(rows: Sequence[Case], name: str) -> Tensor:
-    """Per-token constants of all rows, NaN where a row has none."""
-    values: list[float] = []
-    for row in rows:
-        n = len(row.get("response_ids") or [])
-        values += [float("nan"), *(row.get(name) or [float("nan")] * n)]
-    return torch.tensor(values, dtype=torch.float64)
-
-
 def run_advantage(case: Case) -> dict[str, Any]:
-    """One advantage a row."""
+    """One advantage a row; one a token, with its return, where the algorithm has a critic."""
     algorithm = build(case)
+    if "values" in algorithm.needs["main"]:
+        return token_advantages(case, algorithm)
     samples = [row_sample({**row, "response_ids": [0]}) for row in case["rows"]]
     return {"advantages": [float(s.advantages[-1]) for s in algorithm.credit(samples)]}
 

@@ -9,6 +9,7 @@ from typing import Any
 from ..algorithms import AlgorithmConfig
 from ..algorithms.stages import StagesConfig
 from ..algorithms.step_size import Phase
+from ..engine.config import LearnerConfig
 from .config import Recipe
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -139,16 +140,25 @@ def model_size(config: Any) -> tuple[int, int, int, int]:
 def learner_bytes(
     recipe: Recipe, parameters: int, hidden: int, layers: int, vocabulary: int
 ) -> float:
-    """Weights, gradients, master weights with Adam moments, activations and one chunk of logits."""
+    """Models with their training state, the frozen reference, activations and one chunk of logits."""
     learner = recipe.learner
+    width = BYTES[learner.dtype]
+    needs = frozenset[str]().union(*recipe.build_algorithm().needs.values())
+    models = model_bytes(learner, parameters) * (2 if "values" in needs else 1)
+    reference = parameters * width if "ref_logprobs" in needs else 0
+    # About 16 hidden-sized tensors a layer live until the backward pass (2 with checkpointing).
+    kept = 2 if learner.gradient_checkpointing else 16
+    activations = learner.max_tokens_per_micro_batch * hidden * layers * kept * width
+    logits = 3 * 4 * learner.logit_chunk_tokens * vocabulary
+    return models + reference + activations + logits
+
+
+def model_bytes(learner: LearnerConfig, parameters: int) -> float:
+    """Weights, gradients and master weights with Adam moments of one trained model: the policy, or a critic like it."""
     ranks, stage, width = learner.num_workers, learner.zero_stage, BYTES[learner.dtype]
     trained = parameters if learner.adapters is None else parameters // 50
     weights = parameters * width / (ranks if stage == 3 else 1)
     gradients = trained * 4 / (ranks if stage >= 2 else 1)
     master = 4 if learner.dtype == "bfloat16" or stage else 0
     optimizer = trained * (8 + master) / (ranks if stage >= 1 else 1)
-    # About 16 hidden-sized tensors a layer live until the backward pass (2 with checkpointing).
-    kept = 2 if learner.gradient_checkpointing else 16
-    activations = learner.max_tokens_per_micro_batch * hidden * layers * kept * width
-    logits = 3 * 4 * learner.logit_chunk_tokens * vocabulary
-    return weights + gradients + optimizer + activations + logits
+    return weights + gradients + optimizer

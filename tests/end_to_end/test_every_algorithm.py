@@ -31,6 +31,7 @@ CONFIGS = {
     "ghpo": {"failure_threshold": 1.0},
     "grpo": {"drop_uniform_groups": True, "refill_rounds": 1},
     "regft": {"pass_rate_threshold": 1.0},
+    "ppo": {"critic_warmup_steps": 1},
     "relift": {"expert_batch_size": 2},
     "sasr": {"warmup_steps": 1},
     "one_token_rollout": {"samples_per_token": 8},
