@@ -38,8 +38,9 @@ def gram_matrix(shares: Sequence[dict[str, Tensor]]) -> Tensor:
     """float64 [k, k]: dot products of k gradients, over the parts that this rank holds."""
     total = torch.zeros(len(shares), len(shares), dtype=torch.float64)
     for name in dict.fromkeys(name for share in shares for name in share):
-        like = next(share[name] for share in shares if name in share)
-        rows = [share.get(name, torch.zeros_like(like)).double() for share in shares]
-        stacked = torch.stack(rows)
-        total += stacked @ stacked.T
+        rows = {i: share[name].double() for i, share in enumerate(shares) if name in share}
+        for i, one in rows.items():
+            for j, other in rows.items():
+                # Pair by pair: a product of matrices rounds differently with the number of probes.
+                total[i, j] += one.dot(other)
     return total
