@@ -236,9 +236,15 @@ class Scorer(Protocol):
     """Reward functions behind killable processes."""
 
     def score(
-        self, requests: Sequence[RolloutRequest], rollouts: Iterable[Rollout]
+        self,
+        requests: Sequence[RolloutRequest],
+        rollouts: Iterable[Rollout],
+        earlier: Sequence[RolloutGroup] = (),
     ) -> Sequence[RolloutGroup]:
-        """Score rollouts while they stream in; one group a distinct prompt, in request order."""
+        """Score rollouts while they stream in; one group a distinct prompt, in request order.
+
+        `earlier`: groups of the step's earlier rounds, which share its budget of UNKNOWN scores.
+        """
         ...
 
     def grade(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:

@@ -147,9 +147,10 @@ def rollout_rounds(
         requests = [
             replace(r, first_index=r.first_index + numbered[r.prompt.prompt_id]) for r in requests
         ]
+        earlier = [group for round_ in rounds for group in round_]
         with parts.log.phase("rollout"):
-            stream = parts.rollouts.generate(requests, step=step)
-            rounds.append(parts.scorer.score(requests, parts.log.watch(stream, requests)))
+            stream = parts.log.watch(parts.rollouts.generate(requests, step=step), requests)
+            rounds.append(parts.scorer.score(requests, stream, earlier))
         for r in requests:
             end = r.first_index + r.n
             numbered[r.prompt.prompt_id] = max(numbered[r.prompt.prompt_id], end)

@@ -53,13 +53,16 @@ class ProcessScorer:
         self._pool.wait_ready()
 
     def score(
-        self, requests: Sequence[RolloutRequest], rollouts: Iterable[Rollout]
+        self,
+        requests: Sequence[RolloutRequest],
+        rollouts: Iterable[Rollout],
+        earlier: Sequence[RolloutGroup] = (),
     ) -> list[RolloutGroup]:
         """Score each rollout's text as it arrives; return when all of them are scored.
 
         Raises RewardError when rollouts are missing or unasked for, when more than `config.max_unknown_fraction`
-        of the scores (and at least two) are UNKNOWN, or when no process can be started; ConfigError when a reward
-        function cannot be found. Errors of the iterator pass through.
+        of the scores (and at least two), those of `earlier` groups included, are UNKNOWN, or when no process can be
+        started; ConfigError when a reward function cannot be found. Errors of the iterator pass through.
         """
         groups = ExpectedGroups(requests)
         call = _Call(self._pool)
@@ -75,7 +78,7 @@ class ProcessScorer:
             unknown = call.abandon()
             texts = {key: groups.rollout(key).text for key in unknown}
             self._write(unknown, call, texts, "index")
-        self._check_budget(unknown, len(call.scores))
+        self._check_budget([*call.scores.values(), *(s for g in earlier for s in g.scores)])
         return groups.grouped(call.scores)
 
     def grade(self, prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -143,11 +146,12 @@ class ProcessScorer:
                 }
                 file.write(json.dumps(record) + "\n")
 
-    def _check_budget(self, unknown: dict[Key, Score], total: int) -> None:
-        allowed = self._config.max_unknown_fraction
+    def _check_budget(self, scores: Sequence[Score]) -> None:
+        allowed, total = self._config.max_unknown_fraction, len(scores)
+        unknown = [score for score in scores if score.reward is None]
         if len(unknown) < 2 or len(unknown) <= allowed * total:
             return
-        reasons = Counter(score.reason for score in unknown.values()).most_common(3)
+        reasons = Counter(score.reason for score in unknown).most_common(3)
         summary = "; ".join(f"{count} x {reason}" for reason, count in reasons)
         kept = f"; their inputs are in {self._unknown_path}" if self._unknown_path else ""
         raise RewardError(

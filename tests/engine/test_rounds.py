@@ -35,7 +35,7 @@ class Pool:
 
 
 class Scorer:
-    def score(self, requests, rollouts):
+    def score(self, requests, rollouts, earlier=()):
         groups = ExpectedGroups(requests)
         scores = {}
         for rollout in rollouts:

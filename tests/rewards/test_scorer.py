@@ -15,7 +15,15 @@ import psutil
 import pytest
 
 from plait.engine.errors import ConfigError, RewardError
-from plait.engine.types import Demonstration, Prompt, Rollout, RolloutRequest, Sampling, Score
+from plait.engine.types import (
+    Demonstration,
+    Prompt,
+    Rollout,
+    RolloutGroup,
+    RolloutRequest,
+    Sampling,
+    Score,
+)
 from plait.rewards.config import RewardConfig
 from plait.rewards.scorer import ProcessScorer
 
@@ -130,6 +138,20 @@ def test_unknown_budget_stops_the_run_and_keeps_the_inputs(
         "reward": "user_rewards:reward",
         "reason": "returned None",
     } in records
+
+
+def test_rounds_of_a_step_share_their_budget_of_unknown_scores(make_scorer: MakeScorer) -> None:
+    scorer = make_scorer("user_rewards:reward", UNKNOWN_X, max_unknown_fraction=0.2)
+
+    def round_of(*texts: str, earlier: Sequence[RolloutGroup]) -> Sequence[RolloutGroup]:
+        request = RolloutRequest(make_prompt(), len(texts), SAMPLING)
+        rollouts = [make_rollout("p", i, text) for i, text in enumerate(texts)]
+        return scorer.score([request], rollouts, earlier)
+
+    first = round_of(*["fine"] * 8, earlier=[])
+    second = round_of("x", "x", earlier=first)
+    with pytest.raises(RewardError, match="3 of 11 scores"):
+        round_of("x", earlier=[*first, *second])
 
 
 def test_each_prompt_may_name_its_reward(make_scorer: MakeScorer) -> None:
