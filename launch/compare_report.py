@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -226,7 +227,8 @@ def markdown(methods: Sequence[MethodResult], facts: Mapping[str, Any], budget: 
 
 def table_row(method: MethodResult) -> str:
     if not method.finished:
-        return f"| {method.label} | failed: {method.runs[0].failure} |" + " |" * 9
+        reason = textwrap.shorten(method.runs[0].failure, 100, placeholder=" ...")
+        return f"| {method.label} | failed: {reason.replace('|', '/')} |" + " |" * 9
     before, after = method.spread("before"), method.spread("after")
     each = ", ".join(
         "failed" if run.failure else f"{100 * run.after:.1f}" if run.after is not None else "-"
