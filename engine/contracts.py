@@ -64,7 +64,6 @@ step takes the whole batch and they equal the current ones. `new_values` marks a
 UNAVAILABLE: Mapping[str, str] = {
     "ref_kl": "the LM head does not put reference logits beside the policy's",
     "topk_entropy": "the LM head does not return the entropy of the largest logits",
-    "pairs": "data sets carry no column rejected",
 }
 """Needs that only golden cases can meet, with the reason; a recipe that has one is refused."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from ..algorithms import AlgorithmBase
 from ..algorithms.stages import Stages
@@ -22,6 +23,12 @@ def check_demonstrations(algorithm: AlgorithmBase, records: Sequence[Record]) ->
             check_demonstrations(member, records)
         return
     needs = frozenset[str]().union(*algorithm.needs.values())
+    if "pairs" in needs and not any(record.rejected for record in records):
+        raise DataError(
+            f"algorithm.expert_loss.type = {algorithm.config.expert_loss.type!r} compares demonstrations with rejected "
+            f"responses, but none of the {len(records)} data rows has one; fill the column data.columns.rejected of "
+            "jsonl or huggingface data, or choose an expert loss without pairs, for example nll"
+        )
     if "demonstrations" not in needs:
         return
     without = [record.prompt_id for record in records if not record.demonstrations]
@@ -38,6 +45,19 @@ def check_demonstrations(algorithm: AlgorithmBase, records: Sequence[Record]) ->
             f"data rows have none, for example {', '.join(map(repr, without[:IDS_SHOWN]))}; remove those rows"
         )
     check_columns(algorithm, needs, [record for record in records if record.demonstrations])
+
+
+def check_pairs_fit(algorithm: AlgorithmBase, data: Any, max_response: int, budget: int) -> None:
+    """Refuse prompts whose compared responses would not fit into one micro-batch together."""
+    if not any("pairs" in needs for needs in algorithm.needs.values()):
+        return
+    long = {name: n for name, n in data.pair_tokens(max_response).items() if n > budget}
+    if long:
+        shown = ", ".join(f"{name!r} ({n} tokens)" for name, n in [*long.items()][:IDS_SHOWN])
+        raise DataError(
+            f"{len(long)} prompts have more chosen and rejected tokens than learner.max_tokens_per_micro_batch = "
+            f"{budget}, for example {shown}; raise it, or give these prompts fewer or shorter rejected responses"
+        )
 
 
 def check_columns(

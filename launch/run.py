@@ -20,7 +20,7 @@ from ..rollouts.config import RolloutConfig
 from ..rollouts.readers import read_records
 from ..rollouts.records import Records
 from .config import Recipe
-from .demonstrations import check_demonstrations
+from .demonstrations import check_demonstrations, check_pairs_fit
 from .model import check_model, resolve_model
 
 if TYPE_CHECKING:
@@ -279,6 +279,12 @@ def load_prompts(inputs: Inputs, model_path: str) -> Any:
         max_prompt_length=recipe.rollouts.max_prompt_length,
         max_response_length=recipe.rollouts.max_response_length,
         records=inputs.records,
+    )
+    check_pairs_fit(
+        inputs.algorithm,
+        data,
+        recipe.rollouts.max_response_length,
+        recipe.learner.max_tokens_per_micro_batch,
     )
     for path, wanted, there in (
         ("loop.prompts_per_step", recipe.loop.prompts_per_step, data.num_prompts),

@@ -75,6 +75,9 @@ class Columns(Section):
     answer: str = "answer"
     demonstration: str = "demonstration"
     """A text or a list of texts."""
+    rejected: str = "rejected"
+    """A text or a list of texts that pairwise expert losses hold against the first demonstration; taken as they are,
+    without `demonstration_template`."""
     demonstration_score: str = "demonstration_score"
     """The demonstration's reward: a number, or a list with one (or null) for each of the texts."""
     token_weights: str = "token_weights"

@@ -54,6 +54,10 @@ class DataReport:
     """Demonstrations of training prompts beyond max_response_length: kept, algorithms cut them."""
     refused_demonstrations: int
     """Demonstrations left out because they hold a control token; their prompts are kept."""
+    with_pair: int = 0
+    """Training prompts with a demonstration and a rejected response."""
+    refused_rejected: int = 0
+    """Rejected responses left out because they hold a control token."""
 
     def __str__(self) -> str:
         lines = [
@@ -68,6 +72,10 @@ class DataReport:
             )
         if self.refused_demonstrations:
             lines.append(f"  {self.refused_demonstrations} demonstrations hold a control token")
+        if self.with_pair:
+            lines.append(f"  {self.with_pair} of them with a rejected response")
+        if self.refused_rejected:
+            lines.append(f"  {self.refused_rejected} rejected responses hold a control token")
         return "\n".join(lines)
 
 
@@ -99,6 +107,11 @@ class _Encoded:
     record: Record
     prompt: np.ndarray
     demonstrations: tuple[_Response, ...]
+    rejected: tuple[_Response, ...]
+
+    @property
+    def paired(self) -> bool:
+        return bool(self.demonstrations and self.rejected)
 
     def to_prompt(self) -> Prompt:
         record = self.record
@@ -109,6 +122,7 @@ class _Encoded:
             answer=record.answer,
             reward=record.reward,
             demonstrations=tuple(d.to_demonstration(record.origin) for d in self.demonstrations),
+            rejected=tuple(r.to_demonstration(record.origin) for r in self.rejected),
             metadata=record.metadata,
         )
 
@@ -120,6 +134,7 @@ class _Ledger:
     dropped: Counter[str] = field(default_factory=Counter)
     first: dict[str, list[str]] = field(default_factory=dict)
     refused_demonstrations: int = 0
+    refused_rejected: int = 0
     wrong_columns: list[str] = field(default_factory=list)
 
     def drop(self, reason: str, prompt_id: str, detail: object = "") -> None:
@@ -212,6 +227,16 @@ class Data:
         """Number of token ids of the tokenizer."""
         return len(self._chat.tokenizer)
 
+    def pair_tokens(self, max_response_length: int) -> Mapping[str, int]:
+        """Tokens of the rows that a pairwise expert loss compares, by prompt."""
+        found = {}
+        for row in self._train:
+            if row.paired:
+                responses = (row.demonstrations[0], *row.rejected)
+                lengths = [min(len(r.ids), max_response_length) for r in responses]
+                found[row.record.prompt_id] = sum(lengths) + len(lengths) * len(row.prompt)
+        return found
+
     def empty_prompt(self, prompt: Prompt) -> tuple[int, ...]:
         """The chat template around one empty user turn, after the prompt's own system message where it has one."""
         system = [m for m in prompt.messages[:1] if m["role"] in ("system", "developer")]
@@ -279,6 +304,8 @@ def load_data(
             for response in row.demonstrations
         ),
         refused_demonstrations=ledger.refused_demonstrations,
+        with_pair=sum(row.paired for row in train),
+        refused_rejected=ledger.refused_rejected,
     )
     if not train or (records.held_out and not held_out):
         kind = "training" if not train else "held-out"
@@ -321,7 +348,21 @@ def _encode(
                             _score(record, i),
                         )
                     )
-            yield _Encoded(record, np.array(prompt, np.int32), tuple(responses))
+            rejected = tuple(_rejected(record, prompt, chat, max_response, ledger))
+            yield _Encoded(record, np.array(prompt, np.int32), tuple(responses), rejected)
+
+
+def _rejected(
+    record: Record, prompt: Sequence[int], chat: ChatFormat, max_response: int, ledger: _Ledger
+) -> Iterable[_Response]:
+    for text in record.rejected:
+        try:
+            ids = chat.encode_response(prompt, text, max_length=max_response)
+        except ControlTokenError:
+            ledger.refused_rejected += 1
+        else:
+            no_pieces = np.zeros(0, np.int32)
+            yield _Response(text, np.array(ids, np.int32), no_pieces, {}, None)
 
 
 def _columns(record: Record, i: int, num_tokens: int, ledger: _Ledger) -> dict[str, np.ndarray]:
@@ -376,6 +417,7 @@ def _digest(records: Sequence[Record]) -> str:
             [dict(message) for message in record.messages],
             record.answer,
             record.demonstrations,
+            record.rejected,
             record.reward,
             record.metadata,
             record.scores,

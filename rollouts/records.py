@@ -43,6 +43,7 @@ class Record:
     origin: str = ""
     scores: tuple[float | None, ...] = ()
     """One for each demonstration, or none at all."""
+    rejected: tuple[str, ...] = ()
     columns: Mapping[str, tuple[tuple[float, ...] | None, ...]] = field(default_factory=dict)
     """By name, the numbers of each demonstration's tokens; None for a demonstration without them."""
 
@@ -117,6 +118,7 @@ class RowParser:
             messages=with_system_prompt(messages, self._config),
             answer=answer,
             demonstrations=tuple(write_demonstration(t, answer, self._config) for t in texts),
+            rejected=_texts(row.get(columns.rejected), columns.rejected),
             scores=scores,
             columns=self._token_columns(row, len(texts)),
             reward=_optional_text(row.get(columns.reward), columns.reward),
@@ -251,7 +253,8 @@ def write_demonstration(text: str, answer: str | None, config: DataSection) -> s
 
 def check_encodable(record: Record) -> None:
     """Raises RowError for what neither a tokenizer nor a log file can take."""
-    texts = [record.prompt_id, record.answer or "", record.reward or "", *record.demonstrations]
+    texts = [record.prompt_id, record.answer or "", record.reward or ""]
+    texts += [*record.demonstrations, *record.rejected]
     texts += [message["content"] for message in record.messages]
     try:
         metadata = json.dumps(record.metadata, ensure_ascii=False)

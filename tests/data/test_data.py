@@ -232,3 +232,23 @@ def test_a_column_of_another_length_is_refused(tmp_path: Path, tokenizer: Any) -
     )
     assert "encode_response" in text
     assert "rows.jsonl/1" not in text
+
+
+def test_rejected_responses_end_like_samples(tmp_path: Path, tokenizer: Any) -> None:
+    row = {"prompt": "2+2?", "demonstration": "4", "rejected": ["5", "<|im_end|>", "long " * 100]}
+    data = load(jsonl(tmp_path, [row, {"prompt": "1+1?", "rejected": "3"}]), tokenizer)
+    prompt = next(p for p in data.take(2) if p.demonstrations)
+    assert [r.text for r in prompt.rejected] == ["5", "long " * 100]
+    assert prompt.rejected[0].token_ids[-1] == prompt.demonstrations[0].token_ids[-1]
+    assert (data.report.with_pair, data.report.refused_rejected) == (1, 1)
+    assert "1 rejected responses hold a control token" in str(data.report)
+    lengths = [min(len(r.token_ids), 20) for r in (*prompt.demonstrations, *prompt.rejected)]
+    assert data.pair_tokens(20) == {prompt.prompt_id: sum(lengths) + 3 * len(prompt.token_ids)}
+
+
+def test_other_rejected_responses_are_other_data(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"prompt": f"{i}+2?", "demonstration": "4", "rejected": "5"} for i in range(3)]
+    state = load(jsonl(tmp_path, rows), tokenizer).state_dict()
+    rows[1]["rejected"] = "6"
+    with pytest.raises(DataError, match="the data set differs"):
+        load(jsonl(tmp_path, rows), tokenizer).load_state_dict(state)

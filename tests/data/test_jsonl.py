@@ -46,6 +46,7 @@ BAD_ROWS = {
     "answer": ({**GOOD, "answer": ["4"]}, "'answer' must be a text, not a list"),
     "truth answer": ({**GOOD, "answer": True}, "'answer' must be a text, not a truth value"),
     "demonstration": ({**GOOD, "demonstration": ["a", 3]}, "'demonstration' must be a text"),
+    "rejected": ({**SHOWN, "rejected": ["5", 3]}, "'rejected' must be a text, not a number"),
     "empty demonstration": ({**GOOD, "demonstration": ""}, "'demonstration' is empty"),
     "reward": ({**GOOD, "reward": 1.0}, "'reward' must be a text"),
     "column": ({**SHOWN, "token_weights": "1 1"}, "'token_weights' must be a list of numbers"),
@@ -226,3 +227,12 @@ def test_columns_of_demonstrations(tmp_path):
     named = Columns(history_logprobs="past")
     (row,) = read(tmp_path, {**SHOWN, "past": [-1, -2]}, columns=named)
     assert row.columns == {"history_logprobs": ((-1.0, -2.0),)}
+
+
+def test_rejected_responses_are_taken_as_they_are(tmp_path):
+    row = {"prompt": "2+2?", "answer": "4", "demonstration": "4", "rejected": ["5", "{answer}"]}
+    one = {"prompt": "1+1?", "answer": "2", "demonstration": "2", "rejected": "3"}
+    template = "so {demonstration} #### {answer}"
+    records = read(tmp_path, row, one, demonstration_template=template)
+    assert [record.rejected for record in records] == [("5", "{answer}"), ("3",)]
+    assert records[0].demonstrations == ("so 4 #### 4",)
