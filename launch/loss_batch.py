@@ -101,7 +101,10 @@ class SyntheticScorer:
     all wrong, and so on; demonstrations are right."""
 
     def score(
-        self, requests: Sequence[RolloutRequest], rollouts: Iterable[Rollout]
+        self,
+        requests: Sequence[RolloutRequest],
+        rollouts: Iterable[Rollout],
+        earlier: Sequence[RolloutGroup] = (),
     ) -> list[RolloutGroup]:
         prompts = {request.prompt.prompt_id: request.prompt for request in requests}
         arrived = sorted(rollouts, key=lambda rollout: rollout.index)

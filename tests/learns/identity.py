@@ -120,7 +120,10 @@ class IdentityScorer:
     """contracts.Scorer: 1 where the first token is the symbol."""
 
     def score(
-        self, requests: Sequence[RolloutRequest], rollouts: Iterable[Rollout]
+        self,
+        requests: Sequence[RolloutRequest],
+        rollouts: Iterable[Rollout],
+        earlier: Sequence[RolloutGroup] = (),
     ) -> list[RolloutGroup]:
         prompts = {request.prompt.prompt_id: request.prompt for request in requests}
         arrived = sorted(rollouts, key=lambda rollout: rollout.index)
