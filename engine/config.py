@@ -153,6 +153,14 @@ class LearnerConfig(Section):
         chosen = self.parameter_selection
         return chosen if isinstance(chosen, LoraConfig) else None
 
+    @property
+    def masks_updates(self) -> bool:
+        """True where entries of trained parameters may be frozen."""
+        chosen = self.parameter_selection
+        if isinstance(chosen, PatternConfig):
+            return bool(chosen.neurons)
+        return chosen is not None and self.adapters is None
+
 
 class EvalConfig(Section):
     num_prompts: int = Field(default=128, ge=0)

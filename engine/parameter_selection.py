@@ -125,9 +125,9 @@ def trained_rows(name: str, shape: tuple[int, ...], config: PatternConfig) -> Te
 def make_mask(engine: Any, config: LearnerConfig, seed: int) -> UpdateMask | None:
     """None where no entry of a trained parameter is ever frozen."""
     chosen = config.parameter_selection
-    if isinstance(chosen, PatternConfig) and not chosen.neurons:
+    if not config.masks_updates or not isinstance(chosen, Masking):
         return None
-    return UpdateMask(engine, chosen, seed) if isinstance(chosen, Masking) else None
+    return UpdateMask(engine, chosen, seed)
 
 
 class UpdateMask:

@@ -160,5 +160,6 @@ def model_bytes(learner: LearnerConfig, parameters: int) -> float:
     weights = parameters * width / (ranks if stage == 3 else 1)
     gradients = trained * 4 / (ranks if stage >= 2 else 1)
     master = 4 if learner.dtype == "bfloat16" or stage else 0
-    optimizer = trained * (8 + master) / (ranks if stage >= 1 else 1)
+    mask = 1 + 4 if learner.masks_updates else 0  # with the copy that a step keeps
+    optimizer = trained * (8 + master + mask) / (ranks if stage >= 1 else 1)
     return weights + gradients + optimizer
