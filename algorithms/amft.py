@@ -141,7 +141,7 @@ class Amft(AlgorithmBase):
         return {"main": main, "validation": frozenset[Need]({"old_logprobs"})}
 
     def coefs(self, step: int) -> dict[str, float]:
-        return {"mu": self.mu, **self.config.expert_loss.coefs(step)}
+        return {"mu": self.mu, **super().coefs(step)}
 
     def plan(self, prompts: Sequence[Prompt], experts: Sequence[Prompt], step: int) -> StepPlan:
         """Rollouts and demonstrations of the same prompts; demonstrations alone in the warm-up."""
@@ -234,7 +234,9 @@ class Amft(AlgorithmBase):
         return replace(super().ledger(updates, step), unused=held_out)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"mu": self.mu, "entropy_target": self.entropy_target}
+        own = {"mu": self.mu, "entropy_target": self.entropy_target}
+        return {**own, **super().state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.mu, self.entropy_target = state["mu"], state["entropy_target"]
+        super().load_state_dict(state)

@@ -225,6 +225,7 @@ class AlgorithmBase(ABC):
         self.config = config
         self.setup = setup
         self.expert_loss: ExpertLossBase | None = getattr(config, "expert_loss", None)
+        self.entropy_top_k = self.expert_loss and self.expert_loss.entropy_top_k
         self.expert_memory: dict[str, float] = {}
         """What the expert loss remembers of rows or prompts it has trained (`ExpertLossBase.recall`)."""
         self.unpaired_prompts: int | None = None
@@ -277,7 +278,7 @@ class AlgorithmBase(ABC):
 
     def demonstration_rows(self, prompts: Sequence[Prompt]) -> list[Sample]:
         """Demonstrations as rows: the first of each prompt, or all, where the expert loss reads their scores."""
-        scored = self.expert_loss is not None and "row_rewards" in self.expert_loss.needs
+        scored = self.expert_loss is not None and "demonstration_scores" in self.expert_loss.needs
         return expert_rows(prompts, self.config.max_response_length, scored=scored)
 
     def alone(self, rows: list[Sample], prompts: Sequence[Prompt], step: int) -> list[Sample]:

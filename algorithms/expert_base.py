@@ -132,6 +132,7 @@ class TokenLoss:
 class ExpertLossBase(Section):
     """Defaults of every type."""
 
+    type: str
     standalone: ClassVar[bool] = False
     """True: only for hosts whose expert rows stand alone."""
     scales_with_weights: ClassVar[bool] = True
@@ -154,6 +155,11 @@ class ExpertLossBase(Section):
     def needs(self) -> frozenset[Need]:
         """What it consumes beyond label log-probs; the host adds it to its own needs."""
         return frozenset()
+
+    @property
+    def entropy_top_k(self) -> int | None:
+        """Logits that the need `topk_entropy` looks at."""
+        return None
 
     @property
     def tokens_only(self) -> bool:

@@ -160,6 +160,10 @@ class Eaft(ExpertLossBase):
     def needs(self) -> frozenset[Need]:
         return frozenset({"topk_entropy"})
 
+    @property
+    def entropy_top_k(self) -> int:
+        return self.top_k
+
     def __call__(self, tokens: Supervised) -> TokenLoss:
         out = tokens.out
         if out.topk_entropy is None:

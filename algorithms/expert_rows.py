@@ -76,7 +76,7 @@ class RewardSigned(ExpertLossBase):
 
     @property
     def needs(self) -> frozenset[Need]:
-        return frozenset({"row_rewards"})
+        return frozenset({"demonstration_scores"})
 
     def prepare(
         self, batch: TrainBatch, logprobs: Tensor | None, coefs: Mapping[str, float]
@@ -104,7 +104,7 @@ class Topr(RewardSigned):
 
     @property
     def needs(self) -> frozenset[Need]:
-        return frozenset({"row_rewards", "behaviour_logprobs"})
+        return frozenset({"demonstration_scores", "behaviour_logprobs"})
 
     def prepare(
         self, batch: TrainBatch, logprobs: Tensor | None, coefs: Mapping[str, float]

@@ -148,8 +148,8 @@ def demonstrated(prompt: Prompt) -> tuple[Demonstration, ...]:
     """
     if any(d.score is None for d in prompt.demonstrations):
         raise DataError(
-            f"prompt {prompt.prompt_id!r}: a demonstration was not graded, and this algorithm compares it with "
-            "rollouts; declare demonstration_scores in the loss's needs"
+            f"prompt {prompt.prompt_id!r}: a demonstration was not graded, and this algorithm reads its score; "
+            "declare demonstration_scores in the loss's needs"
         )
     return tuple(d for d in prompt.demonstrations if d.score and d.score.reward is not None)
 

@@ -36,7 +36,6 @@ from ..engine.types import (
     RolloutGroup,
     RolloutRequest,
     StepPlan,
-    TokenSampling,
     Update,
     UpdateReport,
 )
@@ -141,7 +140,8 @@ class Stages(AlgorithmBase):
         super().__init__(config, setup)
         self.members = [resolve(c.type)(c, setup) for c in config.sections.values()]
         self.every_prompt_demonstrated = any(m.every_prompt_demonstrated for m in self.members)
-        self.token_sampling = one_token_sampling(self.members)
+        self.token_sampling = one_for_all(self.members, "token_sampling", "draws tokens")
+        self.entropy_top_k = one_for_all(self.members, "entropy_top_k", "measures top-k entropy")
         self.stage = 0
         """Of the step under way."""
         self.entered = 0
@@ -211,7 +211,9 @@ class Stages(AlgorithmBase):
         return updates
 
     def moves_reference(self) -> bool:
-        has_reference = any("ref_logprobs" in needs for needs in self.current.needs.values())
+        has_reference = any(
+            needs & {"ref_logprobs", "ref_kl"} for needs in self.current.needs.values()
+        )
         return has_reference and self.config.stages[self.stage].refresh_reference
 
     def finish(self, batch: TrainBatch) -> TrainBatch:
@@ -260,15 +262,15 @@ class Stages(AlgorithmBase):
             member.load_state_dict(own)
 
 
-def one_token_sampling(members: Sequence[AlgorithmBase]) -> TokenSampling | None:
-    """What the stages agree on; the learner draws tokens in one way only."""
-    found = {i: m.token_sampling for i, m in enumerate(members) if m.token_sampling is not None}
+def one_for_all(members: Sequence[AlgorithmBase], name: str, verb: str) -> Any:
+    """What the stages agree on; the learner's head works in one way only."""
+    found = {i: getattr(m, name) for i, m in enumerate(members) if getattr(m, name) is not None}
     first = next(iter(found.values()), None)
-    for i, sampling in found.items():
-        if sampling != first:
+    for i, value in found.items():
+        if value != first:
             raise ConfigError.at(
                 f"algorithm.stages.{i}.algorithm.type",
                 members[i].config.type,
-                f"draws tokens in another way ({sampling}) than an earlier stage ({first}); give both the same numbers",
+                f"{verb} in another way ({value}) than an earlier stage ({first}); give both the same numbers",
             )
     return first

@@ -45,27 +45,21 @@ Need = Literal[
     "history_logprobs",
     "prompt_attention",
     "behaviour_logprobs",
-    "row_rewards",
     "pairs",
 ]
 """What a loss consumes beyond tokens and advantages.
 
-`demonstration_scores`: the run's verifier grades the demonstrations of a step's prompts before `plan` sees them.
+`demonstration_scores`: where the data has none, the run's verifier grades a step's demonstrations before `plan`.
 `minibatch_stats`: the algorithm's `prepare` gets current log-probs of the whole minibatch.
-From `token_weights` to `behaviour_logprobs`: the data stores it with each demonstration; `row_rewards` are the scores
-of demonstrations. `ref_logprobs` are the data's where it has them, else the frozen reference's.
+From `token_weights` to `behaviour_logprobs`: the data stores it with each demonstration. `ref_logprobs` are the data's
+where it has them, else the frozen reference's.
 `token_samples` are drawn in the forward pass as the algorithm's `token_sampling` says and come as `out.samples`;
-`entropy` is differentiable and current; `old_entropy`, `old_logprobs` and `values` (the critic's) are recorded before
-the first update. `recorded_logprobs` are old log-probs that `finish` reads: they are recorded even where one optimizer
-step takes the whole batch and they equal the current ones. `new_values` marks a loss that trains the critic: it gets
-`out.values`, and no log-probs. `row_sketch`: nuclear norm and sketch of each row's logits (row_sketch.py).
+`ref_kl`: both full-vocabulary KLs to the frozen reference; `topk_entropy`: the entropy of the `entropy_top_k` largest
+logits. `entropy` is differentiable and current; `old_entropy`, `old_logprobs` and `values` (the critic's) are recorded
+before the first update. `recorded_logprobs` are old log-probs that `finish` reads: they are recorded even where one
+optimizer step takes the whole batch and they equal the current ones. `new_values` marks a loss that trains the critic:
+it gets `out.values`, and no log-probs. `row_sketch`: nuclear norm and sketch of each row's logits (row_sketch.py).
 """
-
-UNAVAILABLE: Mapping[str, str] = {
-    "ref_kl": "the LM head does not put reference logits beside the policy's",
-    "topk_entropy": "the LM head does not return the entropy of the largest logits",
-}
-"""Needs that only golden cases can meet, with the reason; a recipe that has one is refused."""
 
 PrepareFn = Callable[["TrainBatch", "Tensor | None", Mapping[str, float]], "TrainBatch"]
 """(minibatch, its current log-probs where the loss needs `minibatch_stats`, coefs) -> minibatch with `stats`."""
@@ -88,6 +82,8 @@ class Algorithm(Protocol):
 
     token_sampling: TokenSampling | None
     """How tokens are drawn for losses that need `token_samples`; None for all others."""
+    entropy_top_k: int | None
+    """K of losses that need `topk_entropy`; None for all others."""
 
     @property
     def needs(self) -> Mapping[str, frozenset[Need]]:

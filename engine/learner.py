@@ -32,7 +32,6 @@ from .parameter_selection import make_mask
 from .types import (
     PolicyOutput,
     Source,
-    TokenSamples,
     TokenSampling,
     TrainBatch,
     UpdateReport,
@@ -92,6 +91,7 @@ class LearnerWorker:
         rank: Rank,
         token_sampling: TokenSampling | None = None,
         seed: int = 0,
+        entropy_top_k: int | None = None,
     ) -> None:
         from .critic import load_critic
         from .model import PolicyModel, load_model
@@ -108,19 +108,20 @@ class LearnerWorker:
         self._join_ranks()
         model = load_model(model_path, config)
         model.train()
-        chunk = config.logit_chunk_tokens
-        policy = PolicyModel(
-            model,
-            packing=config.packing,
-            logit_chunk_tokens=chunk,
-            token_sampling=token_sampling,
-        )
         self.reference: PolicyModel | None = None
         self.reference_moved = False
-        if any("ref_logprobs" in need for need in needs.values()):
+        layout = {"packing": config.packing, "logit_chunk_tokens": config.logit_chunk_tokens}
+        if any(need & {"ref_logprobs", "ref_kl"} for need in needs.values()):
             frozen = load_model(model_path, config.model_copy(update={"parameter_selection": None}))
             frozen.requires_grad_(False).eval().to(self.device)
-            self.reference = PolicyModel(frozen, packing=config.packing, logit_chunk_tokens=chunk)
+            self.reference = PolicyModel(frozen, **layout)
+        policy = PolicyModel(
+            model,
+            token_sampling=token_sampling,
+            entropy_top_k=entropy_top_k,
+            reference=self.reference,
+            **layout,
+        )
         self.engine = ModelEngine(policy, config, "policy")
         self.engine.mask = make_mask(self.engine.deepspeed, config, seed)
         policy.check_head()
@@ -167,15 +168,16 @@ class LearnerWorker:
             with torch.no_grad():
                 if needs & {"old_logprobs", "old_entropy", "row_sketch"}:
                     self.engine.module.keeps_hidden = "row_sketch" in needs
-                    logprobs, entropy, _ = self.engine(batch, "old_entropy" in needs)
-                    column["old_logprobs"] = logprobs
-                    if entropy is not None:
-                        column["old_entropy"] = entropy
+                    extra = frozenset[Need]({"entropy"} if "old_entropy" in needs else ())
+                    found = self.engine(batch, extra)
+                    column["old_logprobs"] = found.logprobs
+                    if found.entropy is not None:
+                        column["old_entropy"] = found.entropy
                 if "row_sketch" in needs:
                     column |= self.engine.module.sketch_rows(batch, self.config.zero_stage)
                 if "ref_logprobs" in needs:
                     assert self.reference is not None
-                    column["ref_logprobs"], _, _ = self.reference(batch, False)
+                    column["ref_logprobs"] = self.reference(batch).logprobs
                 if "values" in needs:
                     assert self.critic is not None
                     column["values"] = self.critic(batch)
@@ -187,7 +189,7 @@ class LearnerWorker:
         """Log-probs of tokens 1.. of each sequence under the current policy."""
         batch = self._to_device(from_sequences(sequences))
         with torch.no_grad():
-            logprobs, _, _ = self.engine(batch, False)
+            logprobs = self.engine(batch).logprobs
         return [row[1:].tolist() for row in logprobs.split(batch.row_starts.diff().tolist())]
 
     # -- one optimizer step --------------------------------------------------------------------
@@ -299,9 +301,7 @@ class LearnerWorker:
         if engine is self.critic:
             values = engine(batch)
             return PolicyOutput(torch.full_like(values, torch.nan), values=values)
-        logprobs, entropy, sums = engine(batch, "entropy" in needs, "token_samples" in needs)
-        samples = None if sums is None else TokenSamples(*sums)
-        return PolicyOutput(logprobs, entropy, samples=samples)
+        return engine(batch, needs).to_policy_output(engine.module.vocabulary)
 
     def _diagnostics(self, batch: TrainBatch) -> dict[str, Tensor]:
         """Sums over this micro-batch that `derived_metrics` turns into metrics once they are added over ranks.
@@ -364,7 +364,9 @@ class LearnerWorker:
     def refresh_reference(self) -> None:
         """Copy the current weights into the frozen reference; from now on checkpoints hold it too."""
         if self.reference is None:
-            raise LearnerError("refresh_reference: no loss needs ref_logprobs, so there is none")
+            raise LearnerError(
+                "refresh_reference: no loss needs ref_logprobs or ref_kl, so there is none"
+            )
         frozen = dict(self.reference.model.named_parameters())
         for name, weight in self._full_weights():
             frozen[name].data.copy_(weight)

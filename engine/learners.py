@@ -63,6 +63,7 @@ class RayRanks:
         gpu_share: float = 1.0,
         token_sampling: TokenSampling | None = None,
         seed: int = 0,
+        entropy_top_k: int | None = None,
     ) -> None:
         """`gpu_share` is what a rank claims of its GPU: less than 1 where a rollout worker lives there too."""
         import ray
@@ -86,6 +87,7 @@ class RayRanks:
                 Rank(i, self.world_size, address, port),
                 token_sampling,
                 seed,
+                entropy_top_k,
             )
             for i, worker in enumerate(self.workers)
         ]

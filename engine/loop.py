@@ -117,8 +117,10 @@ def end_reason(config: LoopConfig, state: RunState) -> str | None:
 
 
 def graded(parts: Parts, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
-    """The same prompts, their demonstrations graded where a loss compares them with rollouts."""
+    """The same prompts, their demonstrations graded where a loss reads scores that the data does not hold."""
     if not any("demonstration_scores" in needs for needs in parts.algorithm.needs.values()):
+        return prompts
+    if all(d.score is not None for prompt in prompts for d in prompt.demonstrations):
         return prompts
     with parts.log.phase("grade"):
         return parts.scorer.grade(prompts)

@@ -7,7 +7,7 @@ logits of a whole micro-batch never exist at once. Softmax and everything after 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,10 @@ from .errors import LearnerError
 from .parameter_selection import freeze_unmatched
 from .row_sketch import sketch_rows
 from .token_samples import draw, expected_sums, sampled_sums, uniforms
-from .types import TokenSampling, TrainBatch
+from .types import PolicyOutput, TokenSamples, TokenSampling, TrainBatch
+
+if TYPE_CHECKING:
+    from .contracts import Need
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 HEAD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
@@ -34,7 +37,7 @@ def token_statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
     float32 for half-precision logits, float64 for float64 ones.
     """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = _wide(logits)
     log_normalizer = logits.logsumexp(-1)
     logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - log_normalizer
     return logprobs, entropy_of(logits, log_normalizer)
@@ -42,12 +45,8 @@ def token_statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
     """As token_statistics, without the entropy."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = _wide(logits)
     return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
-
-
-def logprobs_only(logits: Tensor, targets: Tensor) -> tuple[Tensor]:
-    return (token_logprobs(logits, targets),)
 
 
 def entropy_of(logits: Tensor, log_normalizer: Tensor) -> Tensor:
@@ -56,10 +55,59 @@ def entropy_of(logits: Tensor, log_normalizer: Tensor) -> Tensor:
     return log_normalizer - (probabilities * logits).sum(-1)
 
 
-class PolicyModel(nn.Module):
-    """Token log-probs (and entropies, and sums over sampled tokens) of packed rows.
+def full_kl(logits: Tensor, ref_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(ref || pi) and KL(pi || ref) over the vocabulary: [n, V] each -> two [n]; no gradient into `ref_logits`."""
+    policy, ref = _wide(logits).log_softmax(-1), _wide(ref_logits.detach()).log_softmax(-1)
+    gap = policy - ref
+    return -(ref.exp() * gap).sum(-1), (policy.exp() * gap).sum(-1)
 
-    `forward` returns plain tensors because DeepSpeed hooks look for them in the output.
+
+def topk_entropy(logits: Tensor, top_k: int) -> Tensor:
+    """Entropy of the softmax over the `top_k` largest logits: [n, V] -> [n], a constant."""
+    largest = _wide(logits.detach()).topk(min(top_k, logits.shape[-1])).values.log_softmax(-1)
+    return -(largest.exp() * largest).sum(-1)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+class HeadOutput(NamedTuple):
+    """float32 [T] each, 0 on tokens that are not trained; None where it was not asked for.
+
+    Plain tensors, because DeepSpeed's hooks look for them in the output.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor | None = None
+    hit_rate: Tensor | None = None
+    hit_logprobs: Tensor | None = None
+    miss_logprobs: Tensor | None = None
+    forward_kl: Tensor | None = None
+    reverse_kl: Tensor | None = None
+    topk_entropy: Tensor | None = None
+
+    def to_policy_output(self, vocabulary: int) -> PolicyOutput:
+        samples = None
+        if self.hit_rate is not None:
+            assert self.hit_logprobs is not None
+            assert self.miss_logprobs is not None
+            samples = TokenSamples(self.hit_rate, self.hit_logprobs, self.miss_logprobs)
+        return PolicyOutput(
+            self.logprobs,
+            self.entropy,
+            samples=samples,
+            forward_kl=self.forward_kl,
+            reverse_kl=self.reverse_kl,
+            topk_entropy=self.topk_entropy,
+            vocabulary=vocabulary,
+        )
+
+
+class PolicyModel(nn.Module):
+    """Token log-probs of packed rows, and what else losses need of each position's distribution.
+
+    `reference` gives the other side of `ref_kl`; it is no submodule, so no optimizer and no checkpoint sees it.
     """
 
     def __init__(
@@ -69,9 +117,13 @@ class PolicyModel(nn.Module):
         packing: bool,
         logit_chunk_tokens: int,
         token_sampling: TokenSampling | None = None,
+        entropy_top_k: int | None = None,
+        reference: PolicyModel | None = None,
     ) -> None:
         super().__init__()
         self.token_sampling = token_sampling
+        self.entropy_top_k = entropy_top_k
+        self._references = () if reference is None else (reference,)
         self.model = model
         self.packing = packing
         self.logit_chunk_tokens = logit_chunk_tokens
@@ -81,12 +133,16 @@ class PolicyModel(nn.Module):
         """True: the next forward pass leaves what predicts its trained tokens for `sketch_rows`."""
         self._hidden: Tensor | None = None
 
-    def forward(
-        self, batch: TrainBatch, with_entropy: bool, with_samples: bool = False
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor, Tensor] | None]:
-        """float32 [T] each, 0 on tokens that are not trained. At least one position always goes through the head.
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits."""
+        config: Any = self.model.config
+        return config.get_text_config().vocab_size
 
-        Returns log-probs, entropies if asked for, and the columns of `TokenSamples` if asked for.
+    def forward(self, batch: TrainBatch, wanted: frozenset[Need] = frozenset()) -> HeadOutput:
+        """Columns of the packed rows. At least one position always goes through the head.
+
+        `wanted`: entropy, token_samples, ref_kl, topk_entropy; the rest of a loss's needs is ignored.
         """
         targets = batch.trained.nonzero().squeeze(-1)
         if len(targets) == 0:
@@ -96,25 +152,32 @@ class PolicyModel(nn.Module):
             hidden.register_hook(self._keep_hidden_grad)
         if self.keeps_hidden:
             self._hidden, self.keeps_hidden = hidden.detach(), False
-        inputs = [hidden, batch.targets[targets]]
-        if with_samples:
-            if batch.row_seeds is None or self.token_sampling is None:
-                raise LearnerError(
-                    "token samples need row seeds and the algorithm's token_sampling"
-                )
-            inputs += [batch.row_seeds[batch.row_ids[targets]], batch.position_ids[targets]]
-        chunks = zip(*(column.split(self.logit_chunk_tokens) for column in inputs), strict=True)
-        results: list[tuple[Tensor, ...]] = []
-        for chunk in chunks:
+        inputs = {"hidden": hidden, "tokens": batch.targets[targets]}
+        if "token_samples" in wanted:
+            if batch.row_seeds is None:
+                raise LearnerError("token samples need row seeds")
+            inputs["seeds"] = batch.row_seeds[batch.row_ids[targets]]
+            inputs["positions"] = batch.position_ids[targets]
+        if "ref_kl" in wanted:
+            (reference,) = self._references
+            with torch.no_grad():
+                inputs["ref_hidden"] = reference.hidden_states(batch)[targets - 1]
+        split = {name: column.split(self.logit_chunk_tokens) for name, column in inputs.items()}
+        results: list[dict[str, Tensor]] = []
+        for i in range(len(split["hidden"])):
+            chunk = {name: parts[i] for name, parts in split.items()}
             if torch.is_grad_enabled():
-                result = checkpoint(self._head, with_entropy, *chunk, use_reentrant=False)
+                result = checkpoint(self._head, wanted, chunk, use_reentrant=False)
             else:
-                result = self._head(with_entropy, *chunk)
+                result = self._head(wanted, chunk)
             results.append(result)
-        flat = [torch.cat(column) for column in zip(*results, strict=True)]
-        columns = [c.new_zeros(batch.num_tokens).index_copy(0, targets, c) for c in flat]
-        samples = (columns[-3], columns[-2], columns[-1]) if with_samples else None
-        return columns[0], columns[1] if with_entropy else None, samples
+        flat = {name: torch.cat([result[name] for result in results]) for name in results[0]}
+        return HeadOutput(
+            **{
+                name: column.new_zeros(batch.num_tokens).index_copy(0, targets, column)
+                for name, column in flat.items()
+            }
+        )
 
     def sketch_rows(self, batch: TrainBatch, zero_stage: int) -> dict[str, Tensor]:
         """`logit_norms` and `logit_sketches` of the rows that `forward` has just seen. Collective under ZeRO-3."""
@@ -139,7 +202,7 @@ class PolicyModel(nn.Module):
         batch = from_sequences([ids.tolist()]).to(device)
         rows = {"row_lengths": [len(ids)]} if config._attn_implementation == SEGMENTS else {}
         with torch.no_grad():
-            ours, *_ = self(batch, False)
+            ours = self(batch).logprobs
             logits = self.model(input_ids=ids[None], use_cache=False, **rows).logits[0]
             difference = (ours[1:] - token_logprobs(logits[:-1], ids[1:])).abs().max().item()
         if not difference <= HEAD_TOLERANCE[logits.dtype]:
@@ -148,32 +211,41 @@ class PolicyModel(nn.Module):
                 f"{difference:.3g} from the model's own; this architecture is not supported"
             )
 
-    def _head(
-        self,
-        with_entropy: bool,
-        hidden: Tensor,
-        tokens: Tensor,
-        seeds: Tensor | None = None,
-        positions: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
-        """One column [n] each: log-probs, entropies if asked for, three sums over samples if there are seeds."""
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, hidden] -> [n, V]."""
         logits = self.model.get_output_embeddings()(hidden)
         if self.softcap is not None:
             logits = torch.tanh(logits.float() / self.softcap) * self.softcap
-        statistics = token_statistics if with_entropy else logprobs_only
-        columns = statistics(logits, tokens)
-        if seeds is None or positions is None or self.token_sampling is None:
-            return columns
-        return *columns, *self._sample(logits, tokens, seeds, positions, self.token_sampling)
+        return logits
+
+    def _head(self, wanted: frozenset[Need], chunk: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One column [n] for each field of HeadOutput that is wanted."""
+        logits, tokens = self.logits(chunk["hidden"]), chunk["tokens"]
+        columns: dict[str, Tensor] = {}
+        if "entropy" in wanted:
+            columns["logprobs"], columns["entropy"] = token_statistics(logits, tokens)
+        else:
+            columns["logprobs"] = token_logprobs(logits, tokens)
+        if "token_samples" in wanted:
+            sums = self._sample(logits, tokens, chunk["seeds"], chunk["positions"])
+            columns["hit_rate"], columns["hit_logprobs"], columns["miss_logprobs"] = sums
+        if "ref_kl" in wanted:
+            (reference,) = self._references
+            with torch.no_grad():
+                ref_logits = reference.logits(chunk["ref_hidden"])
+            columns["forward_kl"], columns["reverse_kl"] = full_kl(logits, ref_logits)
+        if "topk_entropy" in wanted:
+            if self.entropy_top_k is None:
+                raise LearnerError("topk_entropy needs the algorithm's entropy_top_k")
+            columns["topk_entropy"] = topk_entropy(logits, self.entropy_top_k)
+        return columns
 
     def _sample(
-        self,
-        logits: Tensor,
-        tokens: Tensor,
-        seeds: Tensor,
-        positions: Tensor,
-        sampling: TokenSampling,
+        self, logits: Tensor, tokens: Tensor, seeds: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        sampling = self.token_sampling
+        if sampling is None:
+            raise LearnerError("token_samples need the algorithm's token_sampling")
         if sampling.exact:
             return expected_sums(logits, tokens, sampling)
         chances = uniforms(seeds, positions, sampling.num_samples)

@@ -277,23 +277,30 @@ def start_learner(question: Question, algorithms: Mapping[str, AlgorithmBase]) -
 
     losses: dict[str, LossFn] = merged(lambda a: a.losses)
     needs: dict[str, frozenset[Need]] = merged(lambda a: a.needs)
-    samplings = {a.token_sampling for a in algorithms.values() if a.token_sampling is not None}
-    if len(samplings) > 1:
-        raise ConfigError.at(
-            "--algorithm",
-            ",".join(algorithms),
-            "these draw tokens in different ways; ask them one by one",
-        )
+    sampling = one_for_all(algorithms, "token_sampling", "draw tokens")
+    top_k = one_for_all(algorithms, "entropy_top_k", "measure top-k entropy")
     recipe = question.recipe
     config = recipe.learner.model_copy(update={"num_workers": 1})
     worker = LearnerWorker(
-        question.model, config, losses, needs, Rank(), next(iter(samplings), None)
+        question.model, config, losses, needs, Rank(), sampling, entropy_top_k=top_k
     )
     route = WeightRoute("shared_memory", config.dtype, config.timeout_seconds)
     steps, seed = recipe.loop.steps, recipe.run.seed
     return LearnerGroup(
         InProcessRank(worker), config, needs, total_steps=steps, seed=seed, route=route
     )
+
+
+def one_for_all(algorithms: Mapping[str, AlgorithmBase], part: str, verb: str) -> Any:
+    """What the methods ask of the learner's head, which works in one way only."""
+    found = {getattr(a, part) for a in algorithms.values()} - {None}
+    if len(found) > 1:
+        raise ConfigError.at(
+            "--algorithm",
+            ",".join(algorithms),
+            f"these {verb} in different ways; ask them one by one",
+        )
+    return next(iter(found), None)
 
 
 def to_json(question: Question, answers: Sequence[Answer]) -> dict[str, Any]:

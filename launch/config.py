@@ -24,7 +24,6 @@ from pydantic import (
 from ..algorithms import AlgorithmBase, AlgorithmConfig, Setup, resolve
 from ..algorithms.stages import StagesConfig
 from ..engine.config import CheckpointConfig, EvalConfig, LearnerConfig, LoopConfig, Section
-from ..engine.contracts import UNAVAILABLE
 from ..engine.errors import ConfigError, Problem
 from ..engine.types import Sampling
 from ..rewards.config import RewardConfig
@@ -366,7 +365,7 @@ def contradictions(recipe: Recipe) -> list[Problem]:
 
 
 def unfed_expert_loss(recipe: Recipe) -> list[Problem]:
-    """An expert loss whose columns, model outputs or schedule nothing in this run would provide."""
+    """An expert loss whose needs or schedule the algorithm (one from outside, perhaps) does not pass on."""
     return [
         problem
         for section, config in recipe.algorithm.sections.items()
@@ -375,18 +374,18 @@ def unfed_expert_loss(recipe: Recipe) -> list[Problem]:
 
 
 def unfed_by(section: str, algorithm: AlgorithmBase) -> list[Problem]:
-    loss = getattr(algorithm.config, "expert_loss", None)
+    loss = algorithm.expert_loss
     if loss is None:
         return []
-    path = f"{section}.expert_loss.type"
-    missing = [f"{need}: {UNAVAILABLE[need]}" for need in sorted(loss.needs & UNAVAILABLE.keys())]
-    problems = [Problem(path, loss.type, f"needs {text}") for text in missing]
     fed = frozenset[str]().union(*algorithm.needs.values())
     unfed = sorted(loss.needs - fed) + sorted(loss.coefs(0).keys() - algorithm.coefs(0).keys())
-    if unfed and not problems:
-        message = f"needs {', '.join(unfed)}, which {algorithm.config.type} does not feed it; use sft or chord"
-        problems.append(Problem(path, loss.type, message))
-    return problems
+    if not unfed:
+        return []
+    message = (
+        f"needs {', '.join(unfed)}, which {algorithm.config.type} does not feed it; its `needs` must take in "
+        "`expert_loss.needs`, its `coefs` those of AlgorithmBase"
+    )
+    return [Problem(f"{section}.expert_loss.type", loss.kind, message)]
 
 
 def needs_reward(recipe: Recipe) -> bool:

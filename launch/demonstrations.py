@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..algorithms import AlgorithmBase
+from ..algorithms.expert_base import ExpertLossBase
 from ..algorithms.stages import Stages
 from ..engine.errors import DataError
 from ..engine.types import TOKEN_COLUMNS
@@ -16,11 +17,16 @@ COMPUTABLE = frozenset({"ref_logprobs"})
 """Columns that the run computes itself where the data has none."""
 
 
-def check_demonstrations(algorithm: AlgorithmBase, records: Sequence[Record]) -> None:
-    """Refuse data without the demonstrations that the algorithm trains, or without what it reads of them."""
+def check_demonstrations(
+    algorithm: AlgorithmBase, records: Sequence[Record], *, graded: bool
+) -> None:
+    """Refuse data without the demonstrations that the algorithm trains, or without what it reads of them.
+
+    `graded`: the run has a reward, which scores the demonstrations that the data stores no score of.
+    """
     if isinstance(algorithm, Stages):
         for member in algorithm.members:
-            check_demonstrations(member, records)
+            check_demonstrations(member, records, graded=graded)
         return
     needs = frozenset[str]().union(*algorithm.needs.values())
     if "pairs" in needs and not any(record.rejected for record in records):
@@ -44,7 +50,9 @@ def check_demonstrations(algorithm: AlgorithmBase, records: Sequence[Record]) ->
             f"algorithm.type = {name!r} trains the demonstration of every prompt, but {len(without)} of {len(records)} "
             f"data rows have none, for example {', '.join(map(repr, without[:IDS_SHOWN]))}; remove those rows"
         )
-    check_columns(algorithm, needs, [record for record in records if record.demonstrations])
+    if algorithm.expert_loss is not None:
+        shown = [record for record in records if record.demonstrations]
+        check_expert_loss(algorithm.expert_loss, shown, graded=graded)
 
 
 def check_pairs_fit(algorithm: AlgorithmBase, data: Any, max_response: int, budget: int) -> None:
@@ -60,25 +68,34 @@ def check_pairs_fit(algorithm: AlgorithmBase, data: Any, max_response: int, budg
         )
 
 
-def check_columns(
-    algorithm: AlgorithmBase, needs: frozenset[str], records: Sequence[Record]
-) -> None:
-    """Raises DataError naming every column that the expert loss needs and some demonstration lacks."""
+def check_expert_loss(loss: ExpertLossBase, records: Sequence[Record], *, graded: bool) -> None:
+    """Refuse rows that lack a column or a score that the expert loss reads."""
+    reader = f"expert_loss.type = {loss.kind!r}"
+    check_columns(reader, loss.needs, records)
+    unscored = [r.prompt_id for r in records if not r.scores or None in r.scores]
+    if "demonstration_scores" in loss.needs and unscored and not graded:
+        raise DataError(
+            f"{reader} reads the score of each demonstration, but {len(unscored)} of {len(records)} rows with a "
+            f"demonstration have none, for example {', '.join(map(repr, unscored[:IDS_SHOWN]))}; fill the column "
+            "data.columns.demonstration_score, or name a reward that grades them"
+        )
+
+
+def check_columns(reader: str, needs: frozenset[str], records: Sequence[Record]) -> None:
+    """Raises DataError naming every column that `reader` needs and some demonstration lacks."""
     problems = []
-    for column in (*TOKEN_COLUMNS, "demonstration_score"):
-        need = "row_rewards" if column == "demonstration_score" else column
+    for column in TOKEN_COLUMNS:
         lacking = [record.prompt_id for record in records if not has_column(record, column)]
-        if need in needs - COMPUTABLE and lacking:
+        if column in needs - COMPUTABLE and lacking:
             problems.append(
                 f"  {column}: {len(lacking)} of {len(records)} rows with a demonstration lack it, for example "
                 f"{', '.join(map(repr, lacking[:IDS_SHOWN]))}"
             )
     if problems:
-        kind = algorithm.config.expert_loss.type
         raise DataError(
             "\n".join(
                 [
-                    f"algorithm.expert_loss.type = {kind!r} reads columns that the data lacks:",
+                    f"{reader} reads columns that the data lacks:",
                     *problems,
                     "give each row the column (data.columns names it; only data.type jsonl and huggingface have "
                     "columns), or choose an expert loss that needs none: docs/expert-losses.md",
@@ -89,6 +106,5 @@ def check_columns(
 
 def has_column(record: Record, column: str) -> bool:
     """Whether every demonstration of the row has it."""
-    num = len(record.demonstrations)
-    found = record.scores if column == "demonstration_score" else record.columns.get(column, ())
-    return len(found) == num and None not in found
+    found = record.columns.get(column, ())
+    return len(found) == len(record.demonstrations) and None not in found

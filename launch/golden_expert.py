@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..algorithms.expert_losses import Eaft, Glow, TokenWeight
 from ..engine.batch import collate
+from ..engine.model import full_kl, topk_entropy
 from ..engine.types import PolicyOutput, Sample, Source, TrainBatch
 
 Case = Mapping[str, Any]
@@ -64,7 +65,7 @@ def with_expert_columns(
         return torch.cat(parts).where(batch.trained, 0.0)
 
     if "ref_kl" in needs:
-        pairs = [full_kl(leaf, row) for leaf, row in zip(logits, rows, strict=True)]
+        pairs = [golden_kl(leaf, row) for leaf, row in zip(logits, rows, strict=True)]
         out = replace(
             out,
             forward_kl=laid_out([pair and pair[0] for pair in pairs]),
@@ -77,22 +78,13 @@ def with_expert_columns(
     return out
 
 
-def full_kl(logits: Tensor, row: Case) -> tuple[Tensor, Tensor] | None:
+def golden_kl(logits: Tensor, row: Case) -> tuple[Tensor, Tensor] | None:
     """KL(ref || pi) and KL(pi || ref) per position; None on rows that have no tokens or are not supervised."""
     if (row["source"] != "expert" and row.get("ref_logits") is None) or logits.ndim != 2:
         return None
     if row.get("ref_logits") is None:
         raise CaseError("expert_loss asft needs ref_logits on every expert row")
-    ref = torch.tensor(row["ref_logits"], dtype=torch.float64).log_softmax(-1)
-    policy = logits.log_softmax(-1)
-    gap = policy - ref
-    return -(ref.exp() * gap).sum(-1), (policy.exp() * gap).sum(-1)
-
-
-def topk_entropy(logits: Tensor, top_k: int) -> Tensor:
-    """Entropy of the softmax over the `top_k` largest logits, a constant."""
-    largest = logits.detach().topk(min(top_k, logits.shape[-1])).values.log_softmax(-1)
-    return -(largest.exp() * largest).sum(-1)
+    return full_kl(logits, torch.tensor(row["ref_logits"], dtype=torch.float64))
 
 
 def trace_expert_loss(algorithm: Any, entries: Sequence[Case]) -> list[dict[str, Any]]:

@@ -55,7 +55,7 @@ def check_inputs(recipe: Recipe, unchecked: list[Problem] | None = None) -> Inpu
         for name in {recipe.reward.function, *(r.reward for r in records.train if r.reward)}:
             resolve_reward(name)
     if records.train:
-        check_demonstrations(algorithm, records.train)
+        check_demonstrations(algorithm, records.train, graded=recipe.reward is not None)
     return Inputs(recipe, algorithm, records)
 
 
@@ -234,6 +234,7 @@ def start_ranks(recipe: Recipe, algorithm: AlgorithmBase, model_path: str) -> An
         recipe.rollouts.gpu_share,
         algorithm.token_sampling,
         recipe.run.seed,
+        algorithm.entropy_top_k,
     )
 
 

@@ -75,27 +75,33 @@ def record(number: int, **columns: Any) -> Record:
         ("token_weight", ["token_weights"]),
         ("token_cleaning", ["base_logprobs"]),
         ("sstoken", ["history_logprobs", "prompt_attention"]),
-        ("topr", ["behaviour_logprobs", "demonstration_score"]),
-        ("rift", ["demonstration_score"]),
+        ("topr", ["behaviour_logprobs"]),
     ],
 )
 def test_data_without_a_needed_column_is_refused(loss, columns):
     algorithm = build(type=loss)
-    full = {name: (1.0,) for name in columns if name != "demonstration_score"}
-    whole = record(0, scores=(1.0,), **full)
-    check_demonstrations(algorithm, [whole])
+    full = dict.fromkeys(columns, (1.0,))
+    whole = record(0, **full)
+    check_demonstrations(algorithm, [whole], graded=True)
     for column in columns:
         kept = {name: values for name, values in full.items() if name != column}
-        scores = () if column == "demonstration_score" else (1.0,)
         with pytest.raises(DataError) as caught:
-            check_demonstrations(algorithm, [whole, record(1, scores=scores, **kept)])
+            check_demonstrations(algorithm, [whole, record(1, **kept)], graded=True)
         text = str(caught.value)
         assert f"{column}: 1 of 2 rows with a demonstration lack it, for example 'p1'" in text
         assert repr(loss) in text
         assert "data.columns" in text
 
 
+def test_scores_come_from_the_data_or_from_the_reward():
+    rift = build(type="rift")
+    stored = record(0, scores=(0.0,))
+    check_demonstrations(rift, [stored], graded=False)
+    check_demonstrations(rift, [stored, record(1)], graded=True)
+    with pytest.raises(DataError, match=r"'rift' reads the score.* 1 of 2 rows.*'p1'.*a reward"):
+        check_demonstrations(rift, [stored, record(1)], graded=False)
+
+
 def test_sstoken_by_gain_alone_needs_no_attention():
-    check_demonstrations(
-        build(type="sstoken", loss_gap_weight=1.0), [record(0, history_logprobs=(1.0,))]
-    )
+    loss = build(type="sstoken", loss_gap_weight=1.0)
+    check_demonstrations(loss, [record(0, history_logprobs=(1.0,))], graded=True)

@@ -5,9 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cases import VOCABULARY, assert_same, changed, random_case, solve
-from plait.engine.errors import ConfigError
-from plait.launch.config import load_recipe
+from cases import assert_same, changed, random_case, solve
+from expert_cases import STEPS, TOKENS_ONLY, VARIANTS, case_of
+from plait.algorithms import Setup
+from plait.algorithms.sft import Sft, SftConfig
+from plait.engine.types import Sampling
+from plait.launch.config import load_recipe, unfed_by
 
 MINIMAL = """
 model: some/model
@@ -17,73 +20,6 @@ reward: math
 loop: {steps: 3}
 """
 SEEDS = range(3)
-STEPS = {"negative_coef_steps": 10}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "nll": {"type": "nll"},
-    "nll first": {"type": "nll", "first_tokens": 2},
-    "dft": {"type": "dft"},
-    "dft sequence": {"type": "dft", "probability_level": "sequence"},
-    "phi": {"type": "phi"},
-    "prob_family": {"type": "prob_family", "alpha": 2.0},
-    "prob_family kept": {"type": "prob_family", "keep_probability_above": 0.1},
-    "prob_family all": {
-        "type": "prob_family",
-        "keep_probability_below": 0.2,
-        "denominator": "all_tokens",
-    },
-    "profit": {"type": "profit"},
-    "profit kept": {"type": "profit", "direction": "lower", "denominator": "kept_tokens"},
-    "psft": {"type": "psft"},
-    "asft": {"type": "asft"},
-    "asft reverse": {"type": "asft", "kl_direction": "reverse"},
-    "eaft": {"type": "eaft", "top_k": 3},
-    "iw_sft": {"type": "iw_sft"},
-    "iw_sft token": {"type": "iw_sft", "level": "token"},
-    "talr": {"type": "talr"},
-    "talr median": {"type": "talr", "temperature": "token_median"},
-    "talr mean": {"type": "talr", "temperature": "token_mean"},
-    "talr simplex": {"type": "talr", "normalization": "simplex"},
-    "token_weight": {"type": "token_weight"},
-    "token_weight all": {"type": "token_weight", "denominator": "all_tokens"},
-    "token_weight sum": {"type": "token_weight", "denominator": "weight_sum"},
-    "token_cleaning": {"type": "token_cleaning"},
-    "token_cleaning row": {"type": "token_cleaning", "scope": "row"},
-    "sstoken": {"type": "sstoken"},
-    "sstoken all": {"type": "sstoken", "denominator": "all_tokens"},
-    "glow": {"type": "glow"},
-    "forgetting": {"type": "forgetting", **STEPS},
-    "forgetting row": {
-        "type": "forgetting",
-        "scope": "row",
-        "negative_loss": "unlikelihood",
-        **STEPS,
-    },
-    "topr": {"type": "topr"},
-    "rift": {"type": "rift"},
-    "rift mean": {"type": "rift", "probability_scope": "row_mean"},
-    "rift sum": {"type": "rift", "probability_scope": "row_sum"},
-}
-TOKENS_ONLY = {"talr simplex", "token_weight sum", "forgetting", "forgetting row"}
-
-
-def case_of(seed: int, loss: dict[str, Any], weights: str = "mixed", **config: Any):
-    """Expert rows with every column that some type reads."""
-    case = random_case(seed, "sft", kinds="eeeeep", **{"expert_loss": loss, **config})
-    rng = np.random.default_rng(seed + 100)
-    for i, row in enumerate(case["rows"]):
-        n = len(row["response_ids"])
-        drawn = {"ones": np.ones(n), "binary": rng.integers(0, 2, n).astype(float)}
-        drawn["mixed"] = rng.choice([0.0, 0.5, 1.0, 2.0], n)
-        row |= {
-            "reward": float(i % 2),
-            "token_weights": drawn[weights].tolist(),
-            "base_logprobs": rng.normal(-1.8, 0.5, n).tolist(),
-            "history_logprobs": rng.normal(-1.8, 0.5, n).tolist(),
-            "prompt_attention": rng.uniform(size=n).tolist(),
-            "ref_logits": rng.normal(size=(n, VOCABULARY)).tolist(),
-            "previous_loss": None if i == 1 else float(rng.normal(1.8, 0.1)),
-        }
-    return case
 
 
 def with_loss(case: dict[str, Any], **loss: Any) -> dict[str, Any]:
@@ -300,28 +236,33 @@ def test_reward_signed_types_need_expert_rows_that_stand_alone():
         solve(random_case(0, "chord", expert_loss={"type": "topr"}))
 
 
-@pytest.mark.parametrize(
-    ("loss", "column"),
-    [
-        ("asft", "ref_kl"),
-        ("eaft", "topk_entropy"),
-    ],
-)
-def test_recipes_that_cannot_be_fed_are_refused(minimal_sft, loss, column):
-    fields = VARIANTS[loss]
-    overrides = [f"algorithm.expert_loss.{key}={value}" for key, value in fields.items()]
-    with pytest.raises(ConfigError) as caught:
-        load_recipe(minimal_sft, overrides)
-    assert any(column in problem.message for problem in caught.value.problems)
-    assert all(p.path == "algorithm.expert_loss.type" for p in caught.value.problems)
-
-
-@pytest.mark.parametrize(
-    "loss", ["nll", "dft", "phi", "prob_family kept", "psft", "iw_sft", "talr"]
-)
-def test_recipes_that_can_be_fed_are_accepted(minimal_sft, loss):
+@pytest.mark.parametrize("loss", VARIANTS)
+def test_recipes_are_accepted(minimal_sft, loss):
     overrides = [f"algorithm.expert_loss.{key}={value}" for key, value in VARIANTS[loss].items()]
     assert load_recipe(minimal_sft, overrides).build_algorithm().config.expert_loss
+
+
+class Starving(Sft):
+    """A method of somebody's own that forgets its expert loss."""
+
+    @property
+    def needs(self):
+        return {"main": frozenset({"demonstrations"})}
+
+    def coefs(self, step):
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("loss", "need"), [("asft", "ref_kl"), ("forgetting", "negative_coef"), ("talr", "stats")]
+)
+def test_a_host_that_does_not_feed_its_expert_loss_is_refused(loss, need):
+    config = SftConfig.model_validate({"expert_loss": VARIANTS[loss]})
+    setup = Setup(Sampling(8))
+    (problem,) = unfed_by("algorithm", Starving(config, setup))
+    assert problem.path == "algorithm.expert_loss.type"
+    assert need in problem.message
+    assert unfed_by("algorithm", Sft(config, setup)) == []
 
 
 @pytest.fixture

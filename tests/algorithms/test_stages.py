@@ -67,10 +67,6 @@ def test_each_stage_has_the_config_of_its_algorithm(tmp_path):
             [{"steps": 2, "algorithm": {**SFT, "max_response_length": 8}}, {"algorithm": GRPO}],
             ["(8, 64) must be the run's 64"],
         ),
-        (
-            [{"steps": 2, "algorithm": {**SFT, "expert_loss": {"type": "asft"}}}, {"algorithm": GRPO}],
-            ["algorithm.stages.0.algorithm.expert_loss.type = 'asft'"],
-        ),
     ],
 )  # fmt: skip
 def test_mistakes_are_named_with_their_place(tmp_path, stages, words):

@@ -139,6 +139,7 @@ def train_section(pool, tiny_model, work_folder, name, section):
         algorithm.needs,
         Rank(),
         algorithm.token_sampling,
+        entropy_top_k=algorithm.entropy_top_k,
     )
     learners = LearnerGroup(
         InProcessRank(worker),

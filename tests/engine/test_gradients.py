@@ -32,6 +32,7 @@ def make_worker(model, algorithm: Any = None, **config):
         algorithm.needs,
         Rank(),
         algorithm.token_sampling,
+        entropy_top_k=algorithm.entropy_top_k,
     )
 
 

@@ -6,7 +6,14 @@ from rows import make_rows
 
 from plait.engine.batch import collate, from_sequences
 from plait.engine.config import LearnerConfig
-from plait.engine.model import PolicyModel, load_model, token_logprobs, token_statistics
+from plait.engine.model import (
+    PolicyModel,
+    full_kl,
+    load_model,
+    token_logprobs,
+    token_statistics,
+    topk_entropy,
+)
 from tiny_model import FAMILIES, make_tiny_model
 
 SEQUENCES = [[5, 9, 200, 31, 7, 8, 9, 10, 11, 12, 13, 14], [44, 3], [17, 18, 19, 20, 21]]
@@ -32,7 +39,7 @@ def test_log_probs_and_entropy_agree_with_the_plain_model(family, packing):
     batch = from_sequences(SEQUENCES)
     plain = AutoModelForCausalLM.from_pretrained(family, attn_implementation="eager").eval()
     with torch.no_grad():
-        logprobs, entropy, _ = policy(batch, True)
+        logprobs, entropy, *_ = policy(batch, frozenset({"entropy"}))
         start = 0
         for sequence in SEQUENCES:
             expected, logits = plain_logprobs(plain, sequence)
@@ -69,7 +76,7 @@ def test_the_head_is_checked_against_the_plain_model(family, monkeypatch):
 def test_only_trained_tokens_have_log_probs(tiny_model):
     model = load_model(str(tiny_model), LearnerConfig())
     batch = collate(make_rows("pe"))
-    logprobs, entropy, _ = PolicyModel(model, packing=True, logit_chunk_tokens=64)(batch, False)
+    logprobs, entropy, *_ = PolicyModel(model, packing=True, logit_chunk_tokens=64)(batch)
     assert entropy is None
     assert ((logprobs != 0) == batch.trained).all()
 
@@ -83,3 +90,39 @@ def test_statistics_are_those_of_log_softmax():
     torch.testing.assert_close(entropy, -(expected.exp() * expected).sum(-1))
     torch.testing.assert_close(token_logprobs(logits, targets), logprobs)
     assert token_logprobs(logits.bfloat16(), targets).dtype == torch.float32
+
+
+def test_distances_to_the_reference_come_in_chunks_with_a_gradient_to_the_policy_only(tiny_model):
+    model, frozen = (load_model(str(tiny_model), LearnerConfig()) for _ in range(2))
+    with torch.no_grad():
+        for parameter in frozen.parameters():
+            parameter.mul_(1.3)
+    layout = {"packing": True, "logit_chunk_tokens": 3}
+    reference = PolicyModel(frozen.requires_grad_(False), **layout)
+    policy = PolicyModel(model, reference=reference, entropy_top_k=5, **layout)
+    assert not [name for name, _ in policy.named_parameters() if "reference" in name]
+    batch = from_sequences(SEQUENCES)
+    out = policy(batch, frozenset({"ref_kl", "topk_entropy"}))
+    assert out.entropy is None
+    (out.forward_kl.sum() + 2 * out.reverse_kl.sum()).backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    assert all(parameter.grad is None for parameter in frozen.parameters())
+    total = torch.zeros(())
+    for row, sequence in enumerate(SEQUENCES):
+        ids, rows = torch.tensor([sequence]), {"row_lengths": [len(sequence)]}
+        logits = model(ids, **rows).logits[0, :-1]
+        ref_logits = frozen(ids, **rows).logits[0, :-1]
+        forward, reverse = full_kl(logits, ref_logits)
+        p, q = logits.double().softmax(-1), ref_logits.double().softmax(-1)
+        torch.testing.assert_close(forward.double(), (q * (q / p).log()).sum(-1), atol=1e-5, rtol=0)
+        torch.testing.assert_close(reverse.double(), (p * (p / q).log()).sum(-1), atol=1e-5, rtol=0)
+        start, end = batch.row_starts[row : row + 2].tolist()
+        torch.testing.assert_close(out.forward_kl[start + 1 : end], forward, atol=1e-5, rtol=0)
+        torch.testing.assert_close(out.reverse_kl[start + 1 : end], reverse, atol=1e-5, rtol=0)
+        largest = topk_entropy(logits, 5)
+        torch.testing.assert_close(out.topk_entropy[start + 1 : end], largest, atol=1e-5, rtol=0)
+        total = total + forward.sum() + 2 * reverse.sum()
+    total.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, atol=1e-5, rtol=1e-4)

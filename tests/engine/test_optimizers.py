@@ -29,6 +29,7 @@ def make_worker(model, algorithm, **config):
         algorithm.needs,
         Rank(),
         algorithm.token_sampling,
+        entropy_top_k=algorithm.entropy_top_k,
     )
 
 
