@@ -123,7 +123,7 @@ class PolicyModel(nn.Module):
         super().__init__()
         self.token_sampling = token_sampling
         self.entropy_top_k = entropy_top_k
-        self._references = () if reference is None else (reference,)
+        self._references: list[PolicyModel] = [] if reference is None else [reference]
         self.model = model
         self.packing = packing
         self.logit_chunk_tokens = logit_chunk_tokens
@@ -159,7 +159,7 @@ class PolicyModel(nn.Module):
             inputs["seeds"] = batch.row_seeds[batch.row_ids[targets]]
             inputs["positions"] = batch.position_ids[targets]
         if "ref_kl" in wanted:
-            (reference,) = self._references
+            reference = self._references[0]
             with torch.no_grad():
                 inputs["ref_hidden"] = reference.hidden_states(batch)[targets - 1]
         split = {name: column.split(self.logit_chunk_tokens) for name, column in inputs.items()}
@@ -230,7 +230,7 @@ class PolicyModel(nn.Module):
             sums = self._sample(logits, tokens, chunk["seeds"], chunk["positions"])
             columns["hit_rate"], columns["hit_logprobs"], columns["miss_logprobs"] = sums
         if "ref_kl" in wanted:
-            (reference,) = self._references
+            reference = self._references[0]
             with torch.no_grad():
                 ref_logits = reference.logits(chunk["ref_hidden"])
             columns["forward_kl"], columns["reverse_kl"] = full_kl(logits, ref_logits)

@@ -9,6 +9,7 @@ from cases import assert_same, changed, random_case, solve
 from expert_cases import STEPS, TOKENS_ONLY, VARIANTS, case_of
 from plait.algorithms import Setup
 from plait.algorithms.sft import Sft, SftConfig
+from plait.engine.contracts import Need
 from plait.engine.types import Sampling
 from plait.launch.config import load_recipe, unfed_by
 
@@ -246,7 +247,7 @@ class Starving(Sft):
     """A method of somebody's own that forgets its expert loss."""
 
     @property
-    def needs(self):
+    def needs(self) -> dict[str, frozenset[Need]]:
         return {"main": frozenset({"demonstrations"})}
 
     def coefs(self, step):

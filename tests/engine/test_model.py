@@ -105,7 +105,7 @@ def test_distances_to_the_reference_come_in_chunks_with_a_gradient_to_the_policy
     out = policy(batch, frozenset({"ref_kl", "topk_entropy"}))
     assert out.entropy is None
     (out.forward_kl.sum() + 2 * out.reverse_kl.sum()).backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    found = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
     assert all(parameter.grad is None for parameter in frozen.parameters())
     total = torch.zeros(())
