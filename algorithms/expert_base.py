@@ -132,7 +132,9 @@ class TokenLoss:
 class ExpertLossBase(Section):
     """Defaults of every type."""
 
-    type: str
+    if TYPE_CHECKING:
+        type: str  # each type's own literal
+
     standalone: ClassVar[bool] = False
     """True: only for hosts whose expert rows stand alone."""
     scales_with_weights: ClassVar[bool] = True

@@ -44,9 +44,11 @@ class ProcessRanks:
         losses: Mapping[str, LossFn],
         needs: Mapping[str, frozenset[Need]],
         token_sampling: TokenSampling | None = None,
+        entropy_top_k: int | None = None,
     ) -> None:
         """A fresh LearnerWorker in every process, in the place of the one before."""
-        learner = (model_path, config, losses, needs, token_sampling)
+        head = {"token_sampling": token_sampling, "entropy_top_k": entropy_top_k}
+        learner = (model_path, config, losses, needs, head)
         self.call("start", [learner] * self.world_size)
 
     def call(self, method: str, per_rank: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -104,9 +106,9 @@ def serve(end: Connection, rank: Rank) -> None:
             return
         try:
             if method == "start":
-                *learner, token_sampling = args
+                *learner, head = args
                 worker = None  # free the one before first
-                worker = LearnerWorker(*learner, rank=rank, token_sampling=token_sampling)
+                worker = LearnerWorker(*learner, rank=rank, **head)
                 answer = None
             else:
                 answer = getattr(worker, method)(*args)

@@ -184,7 +184,7 @@ def several_ranks(
     """Rows dealt to the ranks in several ways, each rank with micro-batches of its own sizes."""
     changes = {"packing": True, "zero_stage": zero_stage, "num_workers": NUM_RANKS}
     config = problem.config.model_copy(update=changes)
-    ranks.start(*problem.learner(config), problem.token_sampling)
+    ranks.start(*problem.learner(config), **problem.head)
     for minibatch in problem.minibatches:
         for name, rows in placements(minibatch.batch).items():
             plans = even_out([chunks(part, 2 + i) for i, part in enumerate(rows)])

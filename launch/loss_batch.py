@@ -31,7 +31,6 @@ from ..engine.types import (
     RolloutGroup,
     RolloutRequest,
     Score,
-    TokenSampling,
     TrainBatch,
     Update,
     UpdateReport,
@@ -66,8 +65,9 @@ class Problem:
     notes: tuple[str, ...]
 
     @property
-    def token_sampling(self) -> TokenSampling | None:
-        return self.algorithm.token_sampling
+    def head(self) -> dict[str, Any]:
+        """What the algorithm asks of the LM head, as arguments of a LearnerWorker."""
+        return head_of(self.algorithm)
 
     def learner(
         self, config: LearnerConfig
@@ -77,7 +77,14 @@ class Problem:
 
     def start(self, config: LearnerConfig) -> LearnerWorker:
         """Another single rank in this process."""
-        return LearnerWorker(*self.learner(config), Rank(), self.token_sampling)
+        return LearnerWorker(*self.learner(config), Rank(), **self.head)
+
+
+def head_of(algorithm: AlgorithmBase) -> dict[str, Any]:
+    return {
+        "token_sampling": algorithm.token_sampling,
+        "entropy_top_k": algorithm.entropy_top_k,
+    }
 
 
 class RecordingRank(InProcessRank):
@@ -118,7 +125,10 @@ class SyntheticScorer:
     def grade(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         right = Score.ok(1.0)
         return [
-            replace(p, demonstrations=tuple(replace(d, score=right) for d in p.demonstrations))
+            replace(
+                p,
+                demonstrations=tuple(replace(d, score=d.score or right) for d in p.demonstrations),
+            )
             for p in prompts
         ]
 
@@ -135,7 +145,7 @@ def make_problem(recipe: Recipe, config: LearnerConfig) -> Problem:
     data = load_prompts(inputs, model_path)
     algorithm = recipe.build_algorithm()
     worker = LearnerWorker(
-        model_path, config, algorithm.losses, algorithm.needs, Rank(), algorithm.token_sampling
+        model_path, config, algorithm.losses, algorithm.needs, Rank(), **head_of(algorithm)
     )
     sampler = make_sampler(model_path, recipe, data)
     with ExitStack() as stack:
