@@ -132,9 +132,6 @@ class TokenLoss:
 class ExpertLossBase(Section):
     """Defaults of every type."""
 
-    if TYPE_CHECKING:
-        type: str  # each type's own literal
-
     standalone: ClassVar[bool] = False
     """True: only for hosts whose expert rows stand alone."""
     scales_with_weights: ClassVar[bool] = True
@@ -152,6 +149,11 @@ class ExpertLossBase(Section):
                 f"the data's {', '.join(unfit)} belong to the unchanged input; leave out input_hook"
             )
         return self
+
+    @property
+    def kind(self) -> str:
+        """The recipe's name of this type."""
+        return type(self).model_fields["type"].default
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -159,9 +159,9 @@ class PolicyModel(nn.Module):
             inputs["seeds"] = batch.row_seeds[batch.row_ids[targets]]
             inputs["positions"] = batch.position_ids[targets]
         if "ref_kl" in wanted:
-            reference = self._references[0]
+            body = self._references[0].model.base_model
             with torch.no_grad():
-                inputs["ref_hidden"] = reference.hidden_states(batch)[targets - 1]
+                inputs["ref_hidden"] = hidden_states(body, batch, packing=self.packing)[targets - 1]
         split = {name: column.split(self.logit_chunk_tokens) for name, column in inputs.items()}
         results: list[dict[str, Tensor]] = []
         for i in range(len(split["hidden"])):

@@ -31,7 +31,7 @@ def check_demonstrations(
     needs = frozenset[str]().union(*algorithm.needs.values())
     if "pairs" in needs and not any(record.rejected for record in records):
         raise DataError(
-            f"algorithm.expert_loss.type = {algorithm.config.expert_loss.type!r} compares demonstrations with rejected "
+            f"algorithm.expert_loss.type = {algorithm.config.expert_loss.kind!r} compares demonstrations with rejected "
             f"responses, but none of the {len(records)} data rows has one; fill the column data.columns.rejected of "
             "jsonl or huggingface data, or choose an expert loss without pairs, for example nll"
         )
