@@ -92,9 +92,20 @@ def step_metrics(
         metrics["staleness/max"] = (
             state.policy_version - bool(num_policy_steps(reports)) - min(versions)
         )
-    metrics["rows/trained"] = sum(bool((s.weights[s.source > 0] != 0).any()) for s in samples)
+    metrics |= training_counts(updates)
     metrics |= report_metrics(reports)
     return metrics
+
+
+def training_counts(updates: Sequence[Update]) -> dict[str, float]:
+    """Rows with and without a trained token, and updates that therefore take no optimizer step."""
+    trains = [[bool(s.weights[s.source > 0].any()) for s in update.samples] for update in updates]
+    trained = sum(map(sum, trains))
+    return {
+        "rows/trained": trained,
+        "rows/untrained": sum(map(len, trains)) - trained,
+        "updates/untrained": sum(not any(rows) for rows in trains),
+    }
 
 
 def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
@@ -108,6 +119,13 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         "rollouts/truncated": fmean(r.finish_reason == "length" for r in rollouts),
         "tokens/generated": sum(len(r.token_ids) - r.prefix_len for r in rollouts),
         "reward/unknown": len(rollouts) - len(rewards),
+    }
+    known = [sum(s.reward is not None for s in group.scores) for group in first.values()]
+    sizes = [len(group.scores) for group in first.values()]
+    metrics |= {
+        "groups/unknown": known.count(0),
+        "groups/partly_unknown": sum(0 < k < n for k, n in zip(known, sizes, strict=True)),
+        "groups/single": known.count(1),
     }
     if rewards:
         metrics |= {"reward/mean": fmean(rewards), "reward/std": pstdev(rewards)}

@@ -111,8 +111,9 @@ def train(
         with parts.log.phase("export"):
             parts.learners.export(str(folder / "export"))
         seconds = {"start": starting, **parts.log.seconds}
-        streams = parts.data.state_dict()
+        streams, report = parts.data.state_dict(), asdict(parts.data.report)
     summary = summarize(recipe, state, streams, seconds, time.perf_counter() - started)
+    summary["data"] = {name: n for name, n in report.items() if name != "first_dropped"}
     (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
