@@ -30,7 +30,7 @@ CONFIGS = {
     "chord": {"expert_rows_per_step": 4},
     "ghpo": {"failure_threshold": 1.0},
     "grpo": {"drop_uniform_groups": True, "refill_rounds": 1},
-    "regft": {"pass_rate_threshold": 1.0},
+    "regft": {"pass_rate_threshold": 1.0, "hint_fraction": 0.5},
     "ppo": {"critic_warmup_steps": 1},
     "relift": {"expert_batch_size": 2},
     "sasr": {"warmup_steps": 1},
@@ -43,6 +43,7 @@ CONFIGS = {
     },
 }
 """What an algorithm needs to show all of itself in three steps."""
+SEVERAL_ROUNDS = ("bread", "ghpo", "grpo", "regft")
 
 
 SELECTIONS = {
@@ -121,7 +122,7 @@ def train_section(pool, tiny_model, work_folder, name, section):
     recipe = tiny_recipe(
         tiny_model,
         run={"name": f"every-{name}"},
-        data={"path": "solutions.jsonl"},
+        data={"path": "solutions.jsonl", "hint_template": "{prompt} {hint}"},
         reward="parity:grade",
         rollouts={"max_response_length": MAX_RESPONSE},
         loop={"steps": STEPS, "prompts_per_step": 4, "gradient_every": 1, "save_batch_every": 1},
@@ -174,6 +175,8 @@ def train_section(pool, tiny_model, work_folder, name, section):
     assert state.policy_version >= 1, "something was trained"
     rows = read_lines(folder / "metrics.jsonl")
     assert all(isfinite(value) for row in rows for value in row.values())
+    if name in SEVERAL_ROUNDS:
+        assert max(row["rollouts/rounds"] for row in rows if "rollouts/rounds" in row) > 1
     json.dumps(algorithm.state_dict())
     restored = build(loaded, data)
     restored.load_state_dict(json.loads(json.dumps(algorithm.state_dict())))
