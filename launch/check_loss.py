@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.batch import select
+from ..engine.batch import select, units
 from ..engine.config import LearnerConfig
 from ..engine.errors import ConfigError
 from ..engine.process_ranks import ProcessRanks
@@ -167,7 +167,7 @@ def one_rank(problem: Problem, found: list[Comparison]) -> dict[str, Answer]:
             if config is packed:
                 name, before = "all rows at once, against padded", references[loss]
                 found.append(compare(loss, config, name, [reference], before, PACKING_TOLERANCE))
-            for name, plan in micro_batchings(minibatch.batch.num_rows).items():
+            for name, plan in micro_batchings(units(minibatch.batch)).items():
                 answer = worker.gradients(*cut(minibatch, plan))
                 found.append(compare(loss, config, name, [answer], reference))
             references[loss] = reference
@@ -193,20 +193,25 @@ def several_ranks(
             found.append(compare(minibatch.loss, config, name, answers, reference))
 
 
-def micro_batchings(num_rows: int) -> dict[str, Plan]:
-    rows = list(range(num_rows))
-    third = (num_rows - 1) // 3
+def micro_batchings(rows: Plan) -> dict[str, Plan]:
+    """`rows`: those that must stay together, which are single ones unless the loss compares rows."""
+    third = (len(rows) - 1) // 3
     return {
         "micro-batches of 1": chunks(rows, 1),
         "micro-batches of 2": chunks(rows, 2),
-        "uneven, out of order, one empty": [rows[-1:] + rows[:third], [], rows[third:-1]],
+        "uneven, out of order, one empty": [
+            joined(rows[-1:] + rows[:third]),
+            [],
+            joined(rows[third:-1]),
+        ],
     }
 
 
-def placements(batch: TrainBatch) -> dict[str, tuple[list[int], list[int]]]:
+def placements(batch: TrainBatch) -> dict[str, tuple[Plan, Plan]]:
     """Rows of each of two ranks. Rows with expert tokens are apart only where there are any."""
-    rows = list(range(batch.num_rows))
-    experts = batch.row_ids[batch.source == Source.EXPERT].unique().tolist()
+    rows = units(batch)
+    expert_rows = batch.row_ids[batch.source == Source.EXPERT].unique().tolist()
+    experts = [unit for unit in rows if not set(unit).isdisjoint(expert_rows)]
     found = {"rows dealt in turn": (rows[::2], rows[1::2])}
     if experts:
         found["expert rows on rank 1 only"] = ([i for i in rows if i not in experts], experts)
@@ -214,8 +219,13 @@ def placements(batch: TrainBatch) -> dict[str, tuple[list[int], list[int]]]:
     return found
 
 
-def chunks(rows: list[int], size: int) -> Plan:
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
+def chunks(rows: Plan, size: int) -> Plan:
+    """Micro-batches of `size` units each."""
+    return [joined(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+
+def joined(rows: Plan) -> list[int]:
+    return [row for unit in rows for row in unit]
 
 
 def even_out(plans: Sequence[Plan]) -> list[Plan]:

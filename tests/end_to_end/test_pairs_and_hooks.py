@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from end_to_end.command_line import tiny_recipe, write_recipe
-from plait.engine.batch import collate, partition, select
+from plait.engine.batch import collate, partition, select, units
 from plait.engine.config import LearnerConfig
 from plait.engine.errors import ConfigError, DataError
 from plait.engine.learner import LearnerWorker, Rank, WeightRoute
 from plait.engine.learners import InProcessRank, LearnerGroup
 from plait.engine.loop import apply_update, make_batch
 from plait.engine.types import Source
+from plait.launch.check_loss import joined, micro_batchings, placements
 from plait.launch.config import load_recipe
 from plait.launch.run import check_inputs, load_prompts
 
@@ -266,11 +267,18 @@ def test_paired_rows_are_one_unit(folder, tiny_model, monkeypatch):
     parts = start(folder, tiny_model, LOSSES["redi"], monkeypatch)
     (update,) = updates_of(parts, 0)
     batch = collate(update.samples)
-    for num_ranks, budget in ((1, 130), (2, 130), (3, 200)):
-        for plan in partition(batch, num_ranks, budget):
-            for rows in plan:
-                inside = {batch.group_names[row] for row in rows}
-                outside = set(range(batch.num_rows)) - set(rows)
-                assert inside.isdisjoint(batch.group_names[row] for row in outside)
+    cuts = [
+        rows
+        for num_ranks, budget in ((1, 130), (2, 130), (3, 200))
+        for plan in partition(batch, num_ranks, budget)
+        for rows in plan
+    ]
+    # `plait check loss` moves rows about by itself.
+    cuts += [rows for plan in micro_batchings(units(batch)).values() for rows in plan]
+    cuts += [joined(part) for parts in placements(batch).values() for part in parts]
+    for rows in cuts:
+        inside = {batch.group_names[row] for row in rows}
+        outside = set(range(batch.num_rows)) - set(rows)
+        assert inside.isdisjoint(batch.group_names[row] for row in outside)
     with pytest.raises(DataError, match=r"prompt 'sum\d+'.*max_tokens_per_micro_batch = 40"):
         partition(batch, 1, 40)
