@@ -7,13 +7,14 @@ from dataclasses import replace
 from math import nan
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from ..engine.contracts import Need
 from ..engine.errors import DataError
 from ..engine.types import TrainBatch
 from .expert_base import ExpertLossBase, Supervised, TokenLoss, stored, supervised
-from .losses import MAX_LOG_RATIO, sum_rows
+from .losses import sum_rows
+from .reward_signed import SignFields, TaperFields, signed, tapered
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,22 +86,10 @@ class RewardSigned(ExpertLossBase):
         return batch
 
 
-class Topr(RewardSigned):
+class Topr(TaperFields, RewardSigned):
     """Tapered off-policy REINFORCE (arXiv 2503.14286): x = -sg[clip(q)] A log p, q the row's ratio, A its reward."""
 
     type: Literal["topr"] = "topr"
-    positive_ratio_low: float = Field(default=1.0, ge=0)
-    positive_ratio_high: float = Field(default=1.0, ge=0)
-    negative_ratio_low: float = Field(default=0.0, ge=0)
-    negative_ratio_high: float = Field(default=1.0, ge=0)
-    reward_baseline: float = 0.0
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Topr:
-        for sign in ("positive", "negative"):
-            if getattr(self, f"{sign}_ratio_low") > getattr(self, f"{sign}_ratio_high"):
-                raise ValueError(f"topr: {sign}_ratio_low must not be above {sign}_ratio_high")
-        return self
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -113,39 +102,24 @@ class Topr(RewardSigned):
         return super().prepare(batch, logprobs, coefs)
 
     def __call__(self, tokens: Supervised) -> TokenLoss:
-        batch, mask = tokens.batch, tokens.members.mask
-        advantage = batch.rewards.nan_to_num(0.0) - self.reward_baseline
-        gap = tokens.logprobs.detach().where(mask, 0.0) - tokens.column("behaviour_logprobs")
-        ratio = sum_rows(gap, batch).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-        positive = ratio.clamp(self.positive_ratio_low, self.positive_ratio_high)
-        negative = ratio.clamp(self.negative_ratio_low, self.negative_ratio_high)
-        taper = positive.where(advantage >= 0, negative)
-        has_tokens = sum_rows(mask.to(taper.dtype), batch) > 0
-        mean = taper.where(has_tokens, 0.0).sum() / max(tokens.members.rows, 1)
-        values = -(taper * advantage)[batch.row_ids] * tokens.logprobs
-        return TokenLoss(values, {"taper_mean": mean})
+        batch = tokens.batch
+        advantages = (batch.rewards.nan_to_num(0.0) - self.reward_baseline)[batch.row_ids]
+        written = tokens.column("behaviour_logprobs")
+        return TokenLoss(
+            *tapered(tokens.logprobs, written, advantages, tokens.members, batch, self)
+        )
 
 
-class Rift(RewardSigned):
+class Rift(SignFields, RewardSigned):
     """Reward-informed fine-tuning (arXiv 2601.09253): -s log p for good rows, -s p (bounded) for bad ones."""
 
     type: Literal["rift"] = "rift"
-    positive_reward: float = 1.0
-    negative_reward: float = -0.2
-    success_threshold: float = 1.0
-    probability_scope: Literal["token", "row_mean", "row_sum"] = "token"
-    """row_*: mean or sum of the row's log-probs instead of each token's; rows are then averaged."""
 
     def __call__(self, tokens: Supervised) -> TokenLoss:
-        batch, mask = tokens.batch, tokens.members.mask
-        good = batch.rewards >= self.success_threshold
-        scale = (batch.rewards * 0 + self.positive_reward).where(good, self.negative_reward)
-        scale = scale[batch.row_ids].where(mask, 0.0)
-        logprobs = tokens.logprobs.where(mask, 0.0)
-        if self.probability_scope != "token":
-            sums = sum_rows(logprobs, batch)
-            rows = tokens.row_mean(logprobs) if self.probability_scope == "row_mean" else sums
-            logprobs = rows[batch.row_ids]
-        values = -scale * logprobs.where(scale > 0, logprobs.exp())
+        batch = tokens.batch
+        signs = batch.rewards.new_tensor([self.sign(r) for r in batch.rewards.tolist()])
+        values = signed(
+            tokens.logprobs, signs[batch.row_ids], tokens.members, batch, self.probability_scope
+        )
         own = None if self.probability_scope == "token" else "rows"
         return TokenLoss(values, normalizer=own)

@@ -15,53 +15,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from ..engine.contracts import LossFn, Need
 from ..engine.types import LossOutput, PolicyOutput, Sample, Source, TrainBatch
 from .base import AlgorithmBase, AlgorithmConfig
-from .losses import Members, Normalizer, entropy_component, sum_rows
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-ProbabilityScope = Literal["token", "row_mean", "row_sum"]
+from .losses import Members, Normalizer, entropy_component
+from .reward_signed import SignFields, signed
 
 
-class RiftConfig(AlgorithmConfig):
+class RiftConfig(SignFields, AlgorithmConfig):
     type: Literal["rift"] = "rift"
     rollouts_per_prompt: int = Field(default=8, ge=1)
-    positive_reward: float = Field(default=1.0, ge=0)
-    negative_reward: float = Field(default=-0.2, le=0)
-    success_threshold: float = 1.0
-    probability_scope: ProbabilityScope = "token"
     normalizer: Normalizer = "tokens"
     """Of the `token` scope; the row scopes are means over rows."""
     entropy_coef: float = Field(default=0.0, ge=0)
-
-
-def scoped_logprobs(
-    out: PolicyOutput, batch: TrainBatch, members: Members, scope: ProbabilityScope
-) -> Tensor:
-    """log p [T]: of the token, or of its whole row (mean or sum over its member tokens)."""
-    logprobs = out.logprobs.where(members.mask, 0.0)
-    if scope == "token":
-        return logprobs
-    rows = sum_rows(logprobs, batch)
-    if scope == "row_mean":
-        rows = rows / sum_rows(members.mask.to(rows.dtype), batch).clamp(min=1)
-    return rows[batch.row_ids]
 
 
 def rift_loss(
     out: PolicyOutput, batch: TrainBatch, coefs: Mapping[str, float], *, config: RiftConfig
 ) -> LossOutput:
     """-s log p or -s p, minus an entropy bonus; advantages are s."""
-    members, signed = Members.all(batch), batch.advantages
-    logprobs = scoped_logprobs(out, batch, members, config.probability_scope)
-    values = -signed * logprobs.where(signed > 0, logprobs.exp())
+    members = Members.all(batch)
+    values = signed(out.logprobs, batch.advantages, members, batch, config.probability_scope)
     normalizer = config.normalizer if config.probability_scope == "token" else "rows"
     component = members.normalize(values, batch, normalizer, config.max_response_length)
     entropy, metrics = entropy_component(out, batch, config.entropy_coef, members)
@@ -81,13 +59,10 @@ class Rift(AlgorithmBase):
 
     def credit(self, samples: Sequence[Sample]) -> list[Sample]:
         """s on all tokens of a row with a reward."""
-        c = self.config
         rows: list[Sample] = []
         for row in samples:
             if row.reward is not None:
-                signed = (
-                    c.positive_reward if row.reward >= c.success_threshold else c.negative_reward
-                )
-                row = row.with_advantage(signed).with_advantage(signed, on=Source.EXPERT)
+                sign = self.config.sign(row.reward)
+                row = row.with_advantage(sign).with_advantage(sign, on=Source.EXPERT)
             rows.append(row)
         return rows

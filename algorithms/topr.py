@@ -15,51 +15,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Literal
-
-from pydantic import Field, model_validator
+from typing import Literal
 
 from ..engine.contracts import LossFn, Need
 from ..engine.types import LossOutput, PolicyOutput, Sample, TrainBatch
 from .base import AlgorithmBase, RolloutFields, surrogate_needs
 from .grpo import regularize
-from .losses import MAX_LOG_RATIO, Members, Normalizer, sum_rows
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from .losses import Members, Normalizer
+from .reward_signed import TaperFields, tapered
 
 
-class ToprConfig(RolloutFields):
+class ToprConfig(TaperFields, RolloutFields):
     type: Literal["topr"] = "topr"
-    positive_ratio_low: float = Field(default=1.0, ge=0)
-    positive_ratio_high: float = Field(default=1.0, ge=0)
-    """Range of alpha where the reward is at least the baseline (a+ and b+ in the paper)."""
-    negative_ratio_low: float = Field(default=0.0, ge=0)
-    negative_ratio_high: float = Field(default=1.0, ge=0)
-    """Range of alpha below the baseline (a- and b-)."""
-    reward_baseline: float = 0.0
     normalizer: Normalizer = "constant"
-
-    @model_validator(mode="after")
-    def _ranges_are_ordered(self) -> ToprConfig:
-        for kind in ("positive", "negative"):
-            low, high = (getattr(self, f"{kind}_ratio_{end}") for end in ("low", "high"))
-            if low > high:
-                raise ValueError(
-                    f"{kind}_ratio_low = {low} exceeds {kind}_ratio_high = {high}; exchange them"
-                )
-        return self
-
-
-def taper(out: PolicyOutput, batch: TrainBatch, members: Members, config: ToprConfig) -> Tensor:
-    """alpha of each token's row [T], a constant."""
-    if batch.old_logprobs is None:
-        raise ValueError("the taper needs old_logprobs; declare it in the algorithm's `needs`")
-    difference = (out.logprobs.detach() - batch.old_logprobs).where(members.mask, 0.0)
-    ratio = sum_rows(difference, batch).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()[batch.row_ids]
-    positive = ratio.clamp(config.positive_ratio_low, config.positive_ratio_high)
-    negative = ratio.clamp(config.negative_ratio_low, config.negative_ratio_high)
-    return positive.where(batch.advantages >= 0, negative)
 
 
 def topr_loss(
@@ -67,15 +35,16 @@ def topr_loss(
 ) -> LossOutput:
     """Tapered REINFORCE over POLICY tokens plus regularizers; advantages are R - reward_baseline."""
     members = Members.policy(batch)
-    alpha = taper(out, batch, members, config)
-    values = -alpha * batch.advantages * out.logprobs
+    if batch.old_logprobs is None:
+        raise ValueError("the taper needs old_logprobs; declare it in the algorithm's `needs`")
+    advantages = batch.advantages
+    values, metrics = tapered(out.logprobs, batch.old_logprobs, advantages, members, batch, config)
     length = config.max_response_length
     component = members.normalize(values, batch, config.normalizer, length)
-    metrics = {"policy_loss": component.detach()}
-    if members.rows:
-        metrics["taper_mean"] = members.normalize(alpha, batch, "rows", length)
     regularizers, more = regularize(out, batch, config)
-    return LossOutput(component + regularizers, {**metrics, **more})
+    return LossOutput(
+        component + regularizers, {"policy_loss": component.detach(), **metrics, **more}
+    )
 
 
 class Topr(AlgorithmBase):

@@ -13,6 +13,7 @@ from plait.algorithms import (
     expert_pairs,
     expert_rows,
     expert_selection,
+    reward_signed,
 )
 from plait.algorithms.expert_base import ExpertLossBase, Supervised, TokenLoss
 from plait.algorithms.expert_rows import Glow
@@ -193,7 +194,7 @@ def test_ratio_of_the_mean_fails_topr(monkeypatch):
             0, batch.row_ids, counts
         ).clamp(min=1)
 
-    monkeypatch.setattr(expert_rows, "sum_rows", mean)
+    monkeypatch.setattr(reward_signed, "sum_rows", mean)
     assert fails("topr_sequence_sums")
 
 

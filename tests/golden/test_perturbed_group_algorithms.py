@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from plait.algorithms import hpt, losses, luffy, rift, srft, super_rl, topr, visurf
+from plait.algorithms import hpt, losses, luffy, reward_signed, srft, super_rl, visurf
 from plait.engine.types import Source
 from plait.launch.golden import check_case
 
@@ -200,10 +200,10 @@ def test_smoothing_only_above_the_expert_fails(monkeypatch):
 
 def test_a_taper_of_each_token_fails(monkeypatch):
     monkeypatch.setattr(
-        topr,
+        reward_signed,
         "taper",
-        lambda out, batch, members, config: (
-            (out.logprobs - batch.old_logprobs).where(members.mask, 0.0).detach().exp().clamp(0, 1)
+        lambda logprobs, written, advantages, members, batch, fields: (
+            (logprobs - written).where(members.mask, 0.0).detach().exp().clamp(0, 1)
         ),
     )
     assert fails("topr/loss/default")
@@ -222,7 +222,7 @@ def test_wrong_rows_by_their_log_probability_fail(monkeypatch):
         def exp(self):
             return self.values
 
-    scoped = rift.scoped_logprobs
-    monkeypatch.setattr(rift, "scoped_logprobs", lambda *args: Logprobs(scoped(*args)))
+    scoped = reward_signed.scoped_logprobs
+    monkeypatch.setattr(reward_signed, "scoped_logprobs", lambda *args: Logprobs(scoped(*args)))
     assert fails("rift/loss/default")
     assert fails("rift/loss/row mean, split")
