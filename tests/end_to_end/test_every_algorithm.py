@@ -105,7 +105,9 @@ def test_it_trains(name, train_tiny):
 @pytest.mark.parametrize("kind", SELECTIONS)
 def test_sft_trains_what_a_rule_selects(kind, train_tiny):
     rule = {"type": kind, **SELECTIONS[kind]}
-    rows = train_tiny(f"sft-{kind}", {"type": "sft", "data_selection": rule})
+    lines = train_tiny(f"sft-{kind}", {"type": "sft", "data_selection": rule})
+    rows = [line for line in lines if "rows/expert" in line]  # the others are evaluations
+    assert len(rows) == STEPS
     kept = [row["algorithm/selection_kept_rows"] for row in rows]
     assert kept[0] == {"q_tuning": 0.5, "uds": 0.5}.get(kind, kept[0])
     for row in rows:

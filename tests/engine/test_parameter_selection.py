@@ -220,17 +220,16 @@ def test_low_rank_is_the_truncated_svd(shape):
 # -- two ranks --------------------------------------------------------------------------------------
 
 
-class Probe(RemoteLearner):
-    """A learner actor that also hands out its full weights."""
-
-    def weights(self):
-        assert self.worker is not None
-        return {name: weight.cpu() for name, weight in sent(self.worker).items()}
-
-
 @pytest.fixture(scope="module")
 def two_ranks(ray_session):
     import ray
+
+    class Probe(RemoteLearner):  # local, so that Ray ships it instead of importing this file
+        """A learner actor that also hands out its full weights."""
+
+        def weights(self):
+            assert self.worker is not None
+            return {name: weight.cpu().clone() for name, weight in self.worker._full_weights()}
 
     actor: Any = ray.remote(Probe).options(num_cpus=0)  # pyright: ignore[reportAttributeAccessIssue]
     workers: list[Any] = [actor.remote() for _ in range(2)]
