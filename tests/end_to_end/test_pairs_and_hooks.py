@@ -79,7 +79,7 @@ def load(folder, model, loss, monkeypatch, **sections):
     return load_recipe(write_recipe(folder, "recipe.yaml", recipe))
 
 
-def start(folder, model, loss, monkeypatch, **sections):
+def start(folder, model, loss, monkeypatch, **sections) -> Any:
     """The parts that training without rollouts needs."""
     recipe = load(folder, model, loss, monkeypatch, **sections)
     inputs = check_inputs(recipe)
@@ -171,6 +171,7 @@ def test_packed_and_padded_rows_agree(name, folder, tiny_model, monkeypatch):
         (update,) = updates_of(shown, 1)
         other = make_batch(shown, update)
         assert torch.equal(other.input_ids, batch.input_ids)
+        assert other.ref_logprobs is not None
         assert not torch.allclose(other.ref_logprobs, batch.ref_logprobs)
         return
     from plait.engine.model import load_model, token_logprobs
@@ -186,7 +187,7 @@ def test_packed_and_padded_rows_agree(name, folder, tiny_model, monkeypatch):
 
 
 def test_hooked_rows_read_what_the_hook_says(folder, tiny_model, monkeypatch):
-    rows = {}
+    rows, parts = {}, None
     for name in HOOKS:
         parts = start(folder, tiny_model, LOSSES[name], monkeypatch)
         (update,) = updates_of(parts, 1)
@@ -195,6 +196,7 @@ def test_hooked_rows_read_what_the_hook_says(folder, tiny_model, monkeypatch):
         (again,) = updates_of(parts, 1)
         for one, two in zip(update.samples, again.samples, strict=True):
             np.testing.assert_array_equal(one.token_ids, two.token_ids)
+    assert parts is not None
     chat = parts.data._chat
     empty = chat.encode_prompt([{"role": "user", "content": ""}])
     for full, bare in zip(rows["empty prompt"], rows["no context"], strict=True):
