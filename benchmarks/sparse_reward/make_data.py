@@ -4,7 +4,7 @@
 
 reasoning-gym's own scorer gives credit for every letter in its place; here an answer is right or wrong (reward
 `exact`), so a model that cannot spell backwards yet earns nothing. A letter a line makes each letter a piece of the
-solution, which is what hints are cut from.
+solution, which is what hints are cut from. The prompt is the word alone: the model knows no other task.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def rows(fewest: int, most: int) -> Iterator[dict[str, str]]:
         if answer not in seen and answer.isalpha():
             seen.add(answer)
             lines = "".join(f"{letter}\n" for letter in answer)
-            yield {"prompt": item["question"].lower(), "answer": lines, "demonstration": lines}
+            yield {"prompt": answer[::-1], "answer": lines, "demonstration": lines}
 
 
 def main() -> None:
