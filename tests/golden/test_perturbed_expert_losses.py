@@ -230,7 +230,7 @@ def test_memory_written_before_it_is_read_fails(monkeypatch):
 
     def late(self, batch, logprobs, memory):
         visits = recall(self, batch, logprobs, memory).visits
-        return recall(self, batch, logprobs, {**memory, **visits})
+        return recall(self, batch, logprobs, {**memory, **(visits or {})})
 
     monkeypatch.setattr(Glow, "recall", late)
     assert fails("glow__memory")
