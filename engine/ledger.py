@@ -54,10 +54,12 @@ def expert_ledger(
     groups: Sequence[RolloutGroup],
     updates: Sequence[Update],
     step: int,
+    max_tokens: int,
 ) -> dict[str, float]:
     """Use of the demonstrations of the step's prompts (those that were drawn later in the step too).
 
-    The shares of used and unused ones, by reason, add up to 1. Empty for a method without demonstrations.
+    The shares of used and unused ones, by reason, add up to 1. `demonstrations_cut`: share of the prompts whose first
+    demonstration exceeds `max_tokens`, so it trains without its end token. Empty for a method without demonstrations.
     """
     if not uses_demonstrations(algorithm):
         return {}
@@ -84,6 +86,9 @@ def expert_ledger(
         metrics["ledger/demonstrations_used"] = len(used & everyone.keys()) / len(everyone)
         for reason, count in counts.items():
             metrics[f"ledger/demonstrations_unused/{reason}"] = count / len(everyone)
+        first = [prompt.demonstrations[:1] for prompt in everyone.values()]
+        cut = sum(len(d.token_ids) > max_tokens for demonstrations in first for d in demonstrations)
+        metrics["ledger/demonstrations_cut"] = cut / len(everyone)
     if earlier := used - everyone.keys():
         metrics["ledger/demonstrations_of_earlier_steps"] = len(earlier)
     return metrics

@@ -89,12 +89,13 @@ def train(config: LoopConfig, evaluation: EvalConfig, sampling: Sampling, parts:
         if state.advance(reports):
             publish(parts, state)
         state.step_seconds += time.perf_counter() - started
-        ledger |= expert_ledger(algorithm, [*prompts, *experts], groups, updates, step)
+        asked = [*prompts, *experts]
+        ledger |= expert_ledger(algorithm, asked, groups, updates, step, sampling.max_tokens)
         metrics = step_metrics(state, rounds, updates, reports, algorithm.metrics())
         log.step(state, groups, metrics | ledger)
         if due(state.step, config.save_batch_every):
             name = f"step-{state.step:06d}.json"
-            save_batch(log.folder / "batches" / name, step, [*prompts, *experts], groups)
+            save_batch(log.folder / "batches" / name, step, asked, groups)
 
         last = end_reason(config, state) is not None
         if evaluation.num_prompts and (last or due(state.step, evaluation.every)):

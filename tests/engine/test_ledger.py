@@ -59,7 +59,7 @@ PROMPTS = [g.prompt for g in GROUPS]
 
 def ledger(algorithm, step=0):
     updates = algorithm.assemble(StepPlan(), GROUPS, step)
-    return expert_ledger(algorithm, PROMPTS, GROUPS, updates, step)
+    return expert_ledger(algorithm, PROMPTS, GROUPS, updates, step, max_tokens=16)
 
 
 @pytest.mark.parametrize("algorithm", [Hpt(HptConfig(), SETUP), SuperRl(SuperRlConfig(), SETUP)])
@@ -69,8 +69,9 @@ def test_a_gate_and_its_reasons(algorithm):
     assert found[f"{PREFIX}solved"] == 0.25
     assert found[f"{PREFIX}no_demonstration"] == 0.25
     assert found[f"{PREFIX}unknown_score"] == 0.25
-    shares = [v for k, v in found.items() if k.startswith("ledger/demonstrations_")]
+    shares = [v for k, v in found.items() if k.startswith("ledger/demonstrations_u")]
     assert sum(shares) == 1
+    assert found["ledger/demonstrations_cut"] == 0
     assert found["ledger/gate_rate"] == pytest.approx(1 / 3)
 
 
@@ -92,7 +93,8 @@ def test_a_demonstration_too_short_for_a_prefix():
     prompts = [prompt("short", (2,)), prompt("long")]
     plan = algorithm.plan(prompts, (), 0)
     assert [bool(r.prefix) for r in plan.requests] == [False, False, True]
-    found = expert_ledger(algorithm, prompts, [], [], 0)
+    found = expert_ledger(algorithm, prompts, [], [], 0, max_tokens=2)
+    assert found["ledger/demonstrations_cut"] == 0.5
     assert found[f"{PREFIX}too_short"] == 0.5
     assert found[f"{PREFIX}not_planned"] == 0.5
 
@@ -107,7 +109,7 @@ def test_a_hint_counts_as_use_though_no_token_of_it_trains():
     ]
     groups = [*GROUPS, *hinted]
     updates = algorithm.assemble(StepPlan(), groups, 0)
-    found = expert_ledger(algorithm, PROMPTS, groups, updates, 0)
+    found = expert_ledger(algorithm, PROMPTS, groups, updates, 0, max_tokens=16)
     assert found["ledger/demonstrations_used"] == found["ledger/gate_rate"] == 0.25
     assert found[f"{PREFIX}solved"] == 0.25
     assert not any((s.source == Source.EXPERT).any() for u in updates for s in u.samples)
