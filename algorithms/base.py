@@ -99,7 +99,11 @@ class CreditFields(RolloutFields):
     """Fields of every algorithm that gives POLICY tokens advantages, however it finds them."""
 
     sampler_ratio_cap: float | None = Field(default=None, gt=0)
-    """Cap of the truncated importance weight between sampler and learner; null: no correction."""
+    """Cap of the importance weight between sampler and learner; null: no correction."""
+    sampler_ratio_level: Literal["token", "sequence"] = "token"
+    """sequence: one weight a row, the product over its tokens."""
+    sampler_ratio_mode: Literal["truncate", "mask"] = "truncate"
+    """What becomes of a weight above the cap: the cap, or 0."""
     drop_uniform_groups: bool = False
     """Groups whose scored rows all have the same reward leave the loss."""
 

@@ -32,7 +32,15 @@ class Reduced:
     metrics: Metrics
 
 
-class Surrogate(Protocol):
+class SamplerCorrected(Protocol):
+    """Fields of a config that `sampler_correction` reads."""
+
+    sampler_ratio_cap: float | None
+    sampler_ratio_level: Literal["token", "sequence"]
+    sampler_ratio_mode: Literal["truncate", "mask"]
+
+
+class Surrogate(SamplerCorrected, Protocol):
     """Fields of a config that `policy_component` reads."""
 
     clip_low: float | None
@@ -41,7 +49,6 @@ class Surrogate(Protocol):
     ratio_level: Literal["token", "sequence"]
     normalizer: Normalizer
     max_response_length: int
-    sampler_ratio_cap: float | None
 
 
 @dataclass(frozen=True)
@@ -112,13 +119,23 @@ def policy_ratio(
     return difference.exp()
 
 
-def sampler_correction(batch: TrainBatch, cap: float) -> Tensor:
-    """Truncated importance weight of the learner over the sampler, a constant [T]; 1 where the sampler is unknown."""
+def sampler_correction(batch: TrainBatch, config: SamplerCorrected) -> Tensor:
+    """Importance weight of learner over sampler, a constant [T]; 1 where the sampler is unknown or the cap is null.
+
+    `sequence`: the product over the row's trained POLICY tokens, on each of them. Weights above the cap become the cap
+    (`truncate`; IMPALA, arXiv 1802.01561) or 0 (`mask`); masked tokens stay in the denominator.
+    """
+    if config.sampler_ratio_cap is None:
+        return batch.weights * 0 + 1
     assert batch.old_logprobs is not None
-    known = batch.rollout_logprobs.isfinite() & (batch.source == Source.POLICY)
+    known = batch.rollout_logprobs.isfinite() & batch.is_trained(Source.POLICY)
     gap = (batch.old_logprobs - batch.rollout_logprobs).where(known, 0.0)
-    weight = gap.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().clamp(max=cap)
-    return weight.where(known, 1.0)
+    if config.sampler_ratio_level == "sequence":
+        gap = sum_rows(gap, batch)[batch.row_ids]
+    weight = gap.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    cap = config.sampler_ratio_cap
+    beyond = cap if config.sampler_ratio_mode == "truncate" else 0.0
+    return weight.where(weight <= cap, beyond).where(known, 1.0)
 
 
 def surrogate(
@@ -149,15 +166,18 @@ def surrogate(
         ceiling = -advantages * config.dual_clip
         dual_clipped = bounded_tokens & (advantages < 0) & (ceiling < loss)
         loss = ceiling.where(dual_clipped, loss)
-    if config.sampler_ratio_cap is not None:
-        loss = loss * sampler_correction(batch, config.sampler_ratio_cap)
+    correction = sampler_correction(batch, config)
+    loss = loss * correction
     if not members.tokens:
         return loss, {}
-    return loss, {
+    metrics: Metrics = {
         "clip_fraction": members.mean(clipped.to(loss.dtype)),
         "dual_clip_fraction": members.mean(dual_clipped.to(loss.dtype)),
         "ratio_mean": members.mean(ratio.detach()),
     }
+    if config.sampler_ratio_cap is not None:
+        metrics["sampler_weight_mean"] = members.mean(correction)
+    return loss, metrics
 
 
 def policy_component(

@@ -92,8 +92,7 @@ def rollout_component(
     on_policy = config.rollout_form == "logprob"
     x = out.logprobs if on_policy else policy_ratio(out, batch, members, "token")
     values = -weights.where(batch.advantages > 0, batch.advantages) * x
-    if config.sampler_ratio_cap is not None:
-        values = values * sampler_correction(batch, config.sampler_ratio_cap)
+    values = values * sampler_correction(batch, config)
     return normalize(values, batch, members, config)
 
 

@@ -282,7 +282,7 @@ class LearnerWorker:
             engine.backward(result.loss, last=i == len(micro_batches) - 1)
             measured = {"loss": result.loss, **result.metrics}
             if engine is self.engine:
-                measured |= self._diagnostics(batch)
+                measured |= self._diagnostics(batch, out.logprobs.detach())
             for name, value in measured.items():
                 totals[name] = totals.get(name, 0) + value.detach().double()
         sums = self._sum_over_ranks(totals)
@@ -303,10 +303,11 @@ class LearnerWorker:
             return PolicyOutput(torch.full_like(values, torch.nan), values=values)
         return engine(batch, needs).to_policy_output(engine.module.vocabulary)
 
-    def _diagnostics(self, batch: TrainBatch) -> dict[str, Tensor]:
+    def _diagnostics(self, batch: TrainBatch, logprobs: Tensor) -> dict[str, Tensor]:
         """Sums over this micro-batch that `derived_metrics` turns into metrics once they are added over ranks.
 
-        Gradients are those of the last hidden states: they come for free, and separate by who wrote the token.
+        Gradients are those of the last hidden states: they come for free, and separate by who wrote the token. Where
+        nothing recorded the learner's log-probs before the update, the gap to the sampler is that of the current ones.
         """
         zero = torch.zeros((), device=self.device, dtype=torch.float64)
         sums = dict.fromkeys(("grad_sq_policy", "grad_sq_expert", "gap_sum", "gap_tokens"), zero)
@@ -318,10 +319,10 @@ class LearnerWorker:
             sums["grad_sq_policy"] = squares[source == Source.POLICY].sum()
             sums["grad_sq_expert"] = squares[source == Source.EXPERT].sum()
         grads.clear()
-        if batch.old_logprobs is not None:
-            known = batch.is_trained(Source.POLICY) & batch.rollout_logprobs.isfinite()
-            gap = (batch.old_logprobs - batch.rollout_logprobs)[known].abs().double()
-            sums["gap_sum"], sums["gap_tokens"] = gap.sum(), known.sum().double()
+        before = logprobs if batch.old_logprobs is None else batch.old_logprobs
+        known = batch.is_trained(Source.POLICY) & batch.rollout_logprobs.isfinite()
+        gap = (before - batch.rollout_logprobs)[known].abs().double()
+        sums["gap_sum"], sums["gap_tokens"] = gap.sum(), known.sum().double()
         return sums
 
     def _sum_over_ranks(self, totals: Mapping[str, Tensor]) -> dict[str, float]:

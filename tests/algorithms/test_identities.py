@@ -99,6 +99,32 @@ def test_34_equal_sampler_and_learner_need_no_correction(seed):
     assert solve(changed(case, config={"sampler_ratio_cap": 2.0}))[0] == pytest.approx(2 * loss)
 
 
+def test_corrections_of_sampler_and_learner_by_their_definition():
+    """grpo without group effects: the loss is a sum of token losses times a weight."""
+    row = {
+        "source": "policy",
+        "group": "a",
+        "reward": 1.0,
+        "response_ids": [0, 1, 2],
+        "logits": [[0.0] * 6] * 3,
+        "old_logprobs": [-np.log(6)] * 3,
+        "rollout_logprobs": list(-np.log(6) - np.log([1.5, 4.0, 0.25])),
+    }
+    config = {"advantage": "none", "clip_low": None, "clip_high": None, "normalizer": "tokens"}
+    case = {"algorithm": "grpo", "rows": [row]}
+    expected = {
+        ("token", "truncate", 2.0): -(1.5 + 2.0 + 0.25) / 3,
+        ("token", "mask", 2.0): -(1.5 + 0.0 + 0.25) / 3,
+        ("sequence", "truncate", 2.0): -1.5,
+        ("sequence", "truncate", 1.2): -1.2,
+        ("sequence", "mask", 1.2): 0.0,
+        ("sequence", "mask", 1.5001): -1.5,
+    }
+    for (level, mode, cap), loss in expected.items():
+        own = {"sampler_ratio_level": level, "sampler_ratio_mode": mode, "sampler_ratio_cap": cap}
+        assert solve({**case, "config": {**config, **own}})[0] == pytest.approx(loss), own
+
+
 @pytest.mark.parametrize("algorithm", ["grpo", "chord"])
 def test_35_equal_rewards_without_other_terms_train_nothing(algorithm):
     case = random_case(0, algorithm, kinds="pppp")

@@ -117,7 +117,7 @@ def test_token_ratio_instead_of_sequence_ratio_fails(monkeypatch):
 
 
 def test_missing_sampler_correction_fails(monkeypatch):
-    monkeypatch.setattr(losses, "sampler_correction", lambda batch, cap: 1.0)
+    monkeypatch.setattr(losses, "sampler_correction", lambda batch, config: batch.weights**0)
     assert fails("grpo/loss/kl, entropy, sampler correction, split")
 
 
