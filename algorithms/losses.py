@@ -229,8 +229,7 @@ def entropy_component(
     if out.entropy is None:
         raise ValueError("entropy_coef > 0 needs entropy; declare it in the algorithm's `needs`")
     entropy = members.mean(out.entropy)
-    metrics: Metrics = {"entropy": entropy.detach()} if members.tokens else {}
-    return -coef * entropy, metrics
+    return -coef * entropy, {"entropy": entropy.detach()}
 
 
 KlEstimator = Literal["k1", "k2", "k3"]
@@ -254,4 +253,4 @@ def kl_component(
     d = d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     values = {"k1": lambda: -d, "k2": lambda: d**2 / 2, "k3": lambda: d.exp() - d - 1}[estimator]()
     kl = members.normalize(values, batch, normalizer, max_response_length)
-    return coef * kl, {"kl": kl.detach()} if members.tokens else {}
+    return coef * kl, {"kl": kl.detach()}

@@ -68,14 +68,12 @@ def relift_sft_loss(
     """Expert loss minus an entropy bonus with the same normalizer; out.logprobs and out.entropy are [T]."""
     normalizer, longest = config.expert_normalizer, config.max_response_length
     loss, metrics = expert_component(out, batch, config.expert_loss, normalizer, longest, coefs)
-    if config.expert_entropy_coef == 0:
-        return LossOutput(loss, metrics)
     if out.entropy is None:
+        if config.expert_entropy_coef == 0:
+            return LossOutput(loss, metrics)
         raise ValueError("expert_entropy_coef > 0 needs entropy; declare it in `needs`")
-    members = Members.expert(batch)
-    entropy = members.normalize(out.entropy, batch, normalizer, longest)
-    if members.tokens:
-        metrics = {**metrics, "expert_entropy": entropy.detach()}
+    entropy = Members.expert(batch).normalize(out.entropy, batch, normalizer, longest)
+    metrics = {**metrics, "expert_entropy": entropy.detach()}
     return LossOutput(loss - config.expert_entropy_coef * entropy, metrics)
 
 

@@ -69,7 +69,7 @@ def smoothed_reward(expert_reward: float, rollout_rewards: Sequence[float]) -> f
 
 
 def is_expert(sample: Sample) -> bool:
-    return not (sample.source == Source.POLICY).any()
+    return bool((sample.source == Source.EXPERT).any())
 
 
 def visurf_loss(

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from ..algorithms import AlgorithmBase, Setup, hpt, resolve, super_rl
@@ -25,6 +24,7 @@ from ..engine.errors import ConfigError, DataError
 from ..engine.model import token_statistics
 from ..engine.probes import GradientComparison
 from ..engine.types import PolicyOutput, Sampling, TrainBatch, UpdateReport
+from .golden_case import overridden, read_case
 from .golden_critic import run_value_loss, token_advantages
 from .golden_expert import (
     CaseError,
@@ -36,7 +36,7 @@ from .golden_expert import (
 from .golden_pairs import input_trace, normalizers
 from .golden_prefix import PREFIX_TRACES, recorded_entropy, token_samples
 from .golden_rounds import ROUND_TRACES
-from .golden_rows import column, row_sample, with_columns
+from .golden_rows import column, row_sample, scored_sample, with_columns
 from .golden_selection import trace_selection
 
 SCHEMA = 1
@@ -83,32 +83,49 @@ def check_file(path: Path, algorithms: Sequence[str] | None = None) -> Iterator[
         raise DataError(
             f'{path}: not a golden file: expected {{"schema": {SCHEMA}, "cases": [...]}}'
         )
+    if not isinstance(content.get("cases"), list):
+        raise DataError(f"{path}: not a golden file: `cases` must be a list")
     for case in content["cases"]:
-        if algorithms is None or case["algorithm"] in algorithms:
+        if algorithms is None or named(case, "algorithm") in algorithms:
             yield check_case(case)
+
+
+# What reading a value of the wrong type or size raises: reported as that case's failure, the file goes on.
+MALFORMED = (
+    ArithmeticError,
+    AttributeError,
+    ConfigError,
+    DataError,
+    LookupError,
+    RuntimeError,
+    StopIteration,
+    TypeError,
+    ValueError,
+)
 
 
 def check_case(case: Case) -> CaseResult:
     """Compute one case and compare every expected number."""
     error, problem = float("inf"), ""
     try:
-        produced = KINDS[case["kind"]](case) if case["kind"] in KINDS else None
-        if produced is None:
-            raise CaseError(f"unknown kind {case['kind']!r}; known: {', '.join(KINDS)}")
-        tolerance = case.get("tolerance") or TOLERANCE
-        error, problem = compare(case["expect"], produced, tolerance, "")
-    except (CaseError, ConfigError, DataError, ValidationError, KeyError) as failure:
+        known = read_case(case)
+        if known["kind"] not in KINDS:
+            raise CaseError(f"unknown kind {known['kind']!r}; known: {', '.join(KINDS)}")
+        produced = KINDS[known["kind"]](known)
+        error, problem = compare(
+            known["expect"], produced, known.get("tolerance", TOLERANCE), path=""
+        )
+    except MALFORMED as failure:
         lines = f"{type(failure).__name__}: {failure}".splitlines()
         problem = " ".join(line.strip() for line in lines)
-    return CaseResult(
-        case["algorithm"],
-        case.get("variant", ""),
-        case["name"],
-        case["kind"],
-        error,
-        not problem,
-        problem,
-    )
+    names = (named(case, key) for key in ("algorithm", "variant", "name", "kind"))
+    return CaseResult(*names, max_abs_err=error, ok=not problem, problem=problem)
+
+
+def named(case: Any, key: str) -> str:
+    """The text under a key of a case that may have any shape; empty where there is none."""
+    value = case.get(key) if isinstance(case, Mapping) else None
+    return value if isinstance(value, str) else ""
 
 
 def compare(want: Any, got: Any, tolerance: float, path: str) -> tuple[float, str]:
@@ -156,7 +173,7 @@ def build(case: Case) -> AlgorithmBase:
 def run_loss(case: Case) -> dict[str, Any]:
     """Credit, finish, loss and gradient of one minibatch, whole or in the case's micro-batches."""
     algorithm = build(case)
-    rows, update = case["rows"], case.get("update") or "main"
+    rows, update = case["rows"], case.get("update", "main")
     if update not in algorithm.losses:
         raise CaseError(
             f"{case['algorithm']} has no loss {update!r}; it has {list(algorithm.losses)}"
@@ -170,18 +187,20 @@ def run_loss(case: Case) -> dict[str, Any]:
     if "old_entropy" in algorithm.needs[update]:
         batch = replace(batch, old_entropy=recorded_entropy(rows, batch))
     batch = algorithm.finish(batch)
-    scheduled = algorithm.update(samples, algorithm.coefs(case.get("step") or 0)).coefs
-    coefs = {**scheduled, **(case.get("coefs") or {})}
-    logits = [torch.tensor(row["logits"], dtype=torch.float64, requires_grad=True) for row in rows]
-    # A batch without any token still has a graph to differentiate.
-    loss = sum((leaf.sum() * 0.0 for leaf in logits), torch.zeros((), dtype=torch.float64))
+    scheduled = algorithm.update(samples, algorithm.coefs(case.get("step", 0))).coefs
+    coefs = overridden(scheduled, case)
+    logits = [
+        torch.tensor(row.get("logits", []), dtype=torch.float64, requires_grad=True) for row in rows
+    ]
+    # Something to differentiate even where no row has a token.
+    loss = torch.zeros((), dtype=torch.float64, requires_grad=True)
     metrics = dict[str, Tensor]()
     with torch.no_grad():
         everything = policy_output(logits, batch)
     check_columns(rows, algorithm)
     algorithm.expert_memory = remembered(rows) | normalizers(rows)
     batch = algorithm.prepare(batch, everything.logprobs, coefs)
-    for part in case.get("micro_batches") or [list(range(len(rows)))]:
+    for part in case.get("micro_batches", [list(range(len(rows)))]):
         micro_batch = select(batch, part)
         out = policy_output([logits[i] for i in part], micro_batch)
         if "token_samples" in algorithm.needs[update]:
@@ -209,7 +228,8 @@ def run_loss(case: Case) -> dict[str, Any]:
 
 def policy_output(logits: Sequence[Tensor], batch: TrainBatch) -> PolicyOutput:
     """What the model would return: float64 [T], 0 on the row's context token."""
-    columns = []
+    empty = batch.advantages.new_zeros(0)
+    columns = [(empty, empty)]
     for i, leaf in enumerate(logits):
         start, end = batch.row_starts[i : i + 2].tolist()
         zero = leaf.new_zeros(1)
@@ -230,17 +250,18 @@ def run_advantage(case: Case) -> dict[str, Any]:
     algorithm = build(case)
     if "values" in algorithm.needs["main"]:
         return token_advantages(case, algorithm)
-    samples = [row_sample({**row, "response_ids": [0]}) for row in case["rows"]]
+    samples = [scored_sample(row) for row in case["rows"]]
     return {"advantages": [float(s.advantages[-1]) for s in algorithm.credit(samples)]}
 
 
 def run_schedule(case: Case) -> dict[str, Any]:
     algorithm = build(case)
     names = list(case["expect"])
-    coefs = [algorithm.coefs(step) for step in case["steps"]]
-    unknown = [name for name in names if coefs and name not in coefs[0]]
+    known = list(algorithm.coefs(0))
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise CaseError(f"{case['algorithm']} schedules no {unknown[0]!r}; it has {list(coefs[0])}")
+        raise CaseError(f"{case['algorithm']} schedules no {unknown[0]!r}; it has {known}")
+    coefs = [algorithm.coefs(step) for step in case["steps"]]
     return {name: [values[name] for values in coefs] for name in names}
 
 

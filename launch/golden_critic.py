@@ -11,6 +11,7 @@ from torch import Tensor
 from ..algorithms import AlgorithmBase
 from ..engine.batch import collate, select
 from ..engine.types import PolicyOutput, TrainBatch
+from .golden_case import overridden
 from .golden_rows import column, row_sample, with_columns
 
 Case = Mapping[str, Any]
@@ -24,13 +25,13 @@ def run_value_loss(case: Case, algorithm: AlgorithmBase, update: str) -> dict[st
     rows = case["rows"]
     samples = algorithm.credit([row_sample(row) for row in rows])
     batch = with_columns(collate(samples, torch.float64), rows, algorithm.needs[update])
-    coefs = {**algorithm.update(samples, {}).coefs, **(case.get("coefs") or {})}
+    coefs = overridden(algorithm.update(samples, {}).coefs, case)
     values = column(rows, "new_values").requires_grad_()
-    parts = case.get("micro_batches") or [list(range(len(rows)))]
-    spans = [torch.arange(*batch.row_starts[i : i + 2].tolist()) for i in range(len(rows))]
+    parts = case.get("micro_batches", [list(range(len(rows)))])
+    spans = torch.arange(len(values)).split(batch.row_starts.diff().tolist())
     loss, metrics = values.nan_to_num().sum() * 0.0, dict[str, Tensor]()
     for part in parts:
-        chosen = values[torch.cat([spans[i] for i in part])]
+        chosen = values[torch.cat([torch.arange(0), *(spans[i] for i in part)])]
         out = PolicyOutput(torch.full_like(chosen, torch.nan), values=chosen)
         result = algorithm.losses[update](out, select(batch, part), coefs)
         loss = loss + result.loss

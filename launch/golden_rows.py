@@ -50,6 +50,16 @@ def row_sample(row: Case) -> Sample:
     )
 
 
+def scored_sample(row: Case) -> Sample:
+    """A golden row that is only scored: one token, which a hybrid row's policy wrote behind a prefix of one."""
+    hybrid = row["source"] == "hybrid"
+    names = ("source", "group", "reward", "signature", "pair", "sample_id")
+    known = {name: row[name] for name in names if name in row}
+    return row_sample(
+        {**known, "response_ids": [0, 0] if hybrid else [0], "prefix_len": int(hybrid)}
+    )
+
+
 def with_columns(batch: TrainBatch, rows: Sequence[Case], needs: frozenset[Need]) -> TrainBatch:
     """The batch with each column that some row has or the loss needs."""
     present = [name for name in COLUMNS if has(rows, name) or name in needs]
