@@ -17,6 +17,7 @@ from .grpo import Grpo
 from .hpt import Hpt
 from .luffy import Luffy
 from .one_token_rollout import OneTokenRollout
+from .polychromic import Polychromic
 from .ppo import Ppo
 from .prefix_rft import PrefixRft
 from .regft import Regft
@@ -40,6 +41,7 @@ ALGORITHMS: dict[str, type[AlgorithmBase]] = {
     "hpt": Hpt,
     "luffy": Luffy,
     "one_token_rollout": OneTokenRollout,
+    "polychromic": Polychromic,
     "ppo": Ppo,
     "prefix_rft": PrefixRft,
     "regft": Regft,

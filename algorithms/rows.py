@@ -21,6 +21,7 @@ def make_row(
     reward: float | None = None,
     policy_version: int | None = None,
     demonstration: int | None = None,
+    signature: str | None = None,
 ) -> Sample:
     """Prompt as CONTEXT, `prefix_len` tokens of `prefix_source`, then POLICY tokens with the sampler's log-probs.
 
@@ -51,6 +52,7 @@ def make_row(
         policy_version=policy_version,
         columns=columns,
         sample_id="" if demonstration is None else f"{prompt.prompt_id}#{demonstration}",
+        signature=signature,
     )
 
 
@@ -73,6 +75,7 @@ def rollout_rows(
             demonstration=None
             if prefix_source == Source.CONTEXT
             else origin_of(group.prompt, rollout.token_ids[: rollout.prefix_len]),
+            signature=score.answer,
         )
         for group in groups
         for rollout, score in zip(group.rollouts, group.scores, strict=True)

@@ -126,10 +126,15 @@ class Score:
     reward: float | None
     parts: Mapping[str, float] = field(default_factory=dict)
     reason: str = ""
+    answer: str | None = None
+    """The final answer that the verifier read, normalized: equal answers are equal strings. "" where the response names
+    none; None where the reward tells no answers."""
 
     @classmethod
-    def ok(cls, reward: float, parts: Mapping[str, float] | None = None) -> Score:
-        return cls(ScoreStatus.OK, float(reward), dict(parts or {}))
+    def ok(
+        cls, reward: float, parts: Mapping[str, float] | None = None, answer: str | None = None
+    ) -> Score:
+        return cls(ScoreStatus.OK, float(reward), dict(parts or {}), answer=answer)
 
     @classmethod
     def unknown(cls, reason: str) -> Score:

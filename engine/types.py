@@ -108,6 +108,8 @@ class Sample:
     """What is predicted where an input hook changed what is read; None: `token_ids` themselves."""
     hidden: np.ndarray | None = None
     """True: no token attends to this one. None: none is hidden."""
+    signature: str | None = None
+    """Identity of the rollout's final answer (Score.answer); None: the reward told none."""
 
     def __len__(self) -> int:
         return len(self.token_ids)

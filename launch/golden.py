@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..algorithms import AlgorithmBase, Setup, hpt, resolve, super_rl
+from ..algorithms import AlgorithmBase, Setup, hpt, polychromic, resolve, super_rl
 from ..algorithms.advantages import uniform_groups
 from ..engine.batch import collate, select
 from ..engine.errors import ConfigError, DataError
@@ -306,6 +306,20 @@ def trace_super_rl(algorithm: Any, entry: Case) -> dict[str, Any]:
     }
 
 
+def trace_polychromic(algorithm: Any, entry: Case) -> dict[str, Any]:
+    """The sets of one group and what its rows get of them; without given sets, all there are."""
+    rewards, size = entry["rewards"], algorithm.config.set_size
+    sets = entry["sets"]
+    if sets is None:
+        sets = polychromic.all_sets(len(rewards), size)
+    found = polychromic.credit_sets(rewards, entry["signatures"], sets, size)
+    return {
+        "objectives": found.objectives,
+        "set_advantages": found.set_advantages,
+        "advantages": found.advantages,
+    }
+
+
 def trace_amft(algorithm: Any, entry: Case) -> dict[str, Any]:
     """One step of the controller."""
     algorithm.open_step()
@@ -324,6 +338,7 @@ TRACES: dict[str, Callable[[Any, Case], dict[str, Any]]] = {
     "amft": trace_amft,
     "grpo": trace_kept_groups,
     "hpt": trace_hpt,
+    "polychromic": trace_polychromic,
     "super_rl": trace_super_rl,
     **PREFIX_TRACES,
     **ROUND_TRACES,

@@ -47,6 +47,7 @@ def row_sample(row: Case) -> Sample:
         reward=row.get("reward"),
         sample_id=sample_id(row),
         pair=row.get("pair"),
+        signature=row.get("signature"),
     )
 
 

@@ -105,7 +105,7 @@ class RecordingRank(InProcessRank):
 
 class SyntheticScorer:
     """Rewards that show every side of a method: the first prompt's rollouts are right and wrong in turn, the second's
-    all wrong, and so on; demonstrations are right."""
+    all wrong, and so on, each with an answer of its own; demonstrations are right."""
 
     def score(
         self,
@@ -119,7 +119,8 @@ class SyntheticScorer:
         for place, (prompt_id, prompt) in enumerate(prompts.items()):
             mine = tuple(r for r in arrived if r.prompt_id == prompt_id)
             right = [place % 2 == 0 and i % 2 == 0 for i in range(len(mine))]
-            groups.append(RolloutGroup(prompt, mine, tuple(Score.ok(float(r)) for r in right)))
+            scores = tuple(Score.ok(float(r), answer=str(i)) for i, r in enumerate(right))
+            groups.append(RolloutGroup(prompt, mine, scores))
         return groups
 
     def grade(self, prompts: Sequence[Prompt]) -> list[Prompt]:

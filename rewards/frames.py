@@ -10,12 +10,13 @@ import os
 import pickle
 import struct
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 from ..engine.types import Score, ScoreStatus
 
 MAX_REPLY_BYTES = 65536
-MAX_REASON_CHARS = 500
+MAX_REASON_CHARS = MAX_ANSWER_CHARS = 500
 _LENGTH = struct.Struct("!I")
 
 
@@ -55,6 +56,7 @@ def pack_score(task_id: int, score: Score, *, last: bool) -> bytes:
         "reward": score.reward,
         "parts": dict(score.parts),
         "reason": score.reason[:MAX_REASON_CHARS],
+        "answer": score.answer and shorten(score.answer),
         "last": last,
     }
     payload = json.dumps(reply, allow_nan=False).encode()
@@ -62,6 +64,14 @@ def pack_score(task_id: int, score: Score, *, last: bool) -> bytes:
         reason = f"returned parts of {len(payload)} bytes, more than {MAX_REPLY_BYTES}"
         return pack_score(task_id, Score.unknown(reason), last=last)
     return pack(payload)
+
+
+def shorten(answer: str) -> str:
+    """A long answer cut to MAX_ANSWER_CHARS, with a digest of the whole: different answers stay different."""
+    if len(answer) <= MAX_ANSWER_CHARS:
+        return answer
+    digest = blake2b(answer.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    return f"{answer[: MAX_ANSWER_CHARS - len(digest) - 1]} {digest}"
 
 
 def pack_event(task_id: int, event: str, **fields: str) -> bytes:
@@ -75,7 +85,10 @@ def unpack_score(reply: dict[str, Any]) -> Score:
     reward = float(reply["reward"])
     if not math.isfinite(reward):
         raise ValueError(f"a reward of {reward}")
-    return Score.ok(reward, {str(k): float(v) for k, v in reply["parts"].items()})
+    answer = reply["answer"]
+    if not isinstance(answer, str | None):
+        raise TypeError(f"an answer of type {type(answer).__name__}")
+    return Score.ok(reward, {str(k): float(v) for k, v in reply["parts"].items()}, answer)
 
 
 def take_reply(buffer: bytearray) -> dict[str, Any] | None:

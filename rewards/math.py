@@ -8,6 +8,9 @@ it; else all of it. `boxed_math` takes a \boxed{...} only, for prompts that ask 
 Nothing parsable in the completion is a wrong answer. An answer that cannot be parsed makes the score UNKNOWN: nobody
 can be right or wrong against it. Words parse as products of letters ("lube" equals "blue"): use `exact` for those.
 
+The score's own `answer`: of a right completion the prompt's answer, so that all ways to write it are one; of a wrong
+one its expression as sympy prints it, "" where there is none.
+
 math-verify's own time limits are switched off: they need SIGALRM, which works only on the main thread and cannot
 interrupt a call into C, and an expired one reads as a wrong answer. The deadline of the scoring process is the
 limit; called directly, this function works on any thread and may take as long as sympy takes.
@@ -37,13 +40,16 @@ def grade_math(prompt: Prompt, completion: str) -> Score:
         )
     boxed = last_boxed(completion)
     given = _parse(completion if boxed is None else rf"\boxed{{{boxed}}}")
-    return Score.ok(verify(gold, given, timeout_seconds=None))
+    right = verify(gold, given, timeout_seconds=None)
+    return Score.ok(right, answer=_text(gold if right else given))
 
 
 def grade_boxed_math(prompt: Prompt, completion: str) -> Score:
     """As grade_math, but a completion without a closed \\boxed{...} is wrong."""
     score = grade_math(prompt, completion)
-    return Score.ok(0.0) if score.reward is not None and last_boxed(completion) is None else score
+    if score.reward is not None and last_boxed(completion) is None:
+        return Score.ok(0.0, answer="")
+    return score
 
 
 @lru_cache(maxsize=4096)
@@ -57,3 +63,15 @@ def _parse_gold(answer: str) -> list[Any]:
 def _parse(text: str) -> list[Any]:
     """sympy expressions, then the extracted string itself; [] where nothing was found."""
     return parse(text, parsing_timeout=None)  # pyright: ignore[reportArgumentType]  (documented to take None)
+
+
+def _text(parsed: list[Any]) -> str:
+    """The expression in sympy's notation, else the extracted string, else ""."""
+    for expression in parsed:
+        try:
+            return " ".join(str(expression).split())
+        except (
+            ValueError
+        ):  # an integer of more digits than Python prints; the string comes after it
+            continue
+    return ""

@@ -11,7 +11,8 @@ composite); without it the defaults apply. A tuple that became a list on its way
 tuple: arc_agi and rearc compare such values, so keep their entries as they were produced.
 
 Extraction rule: content of the last closed \boxed{...}; else of the last <answer>...</answer>; else the whole
-completion where the item's own answer has several lines; else the last line that is not empty.
+completion where the item's own answer has several lines; else the last line that is not empty. With white space
+collapsed, it is the score's own `answer`.
 
 Scorers differ in what they do with malformed answers: some give 0, some a little credit, some raise. One that raises
 gives 0 here, provided that it accepts the item's own answer; otherwise the error stands and the score is UNKNOWN.
@@ -39,11 +40,13 @@ def grade_reasoning_gym(prompt: Prompt, completion: str) -> Score:
         return Score.unknown(f'the prompt has no metadata["{_KEY}"] with "dataset" and "entry"')
     entry = dict(item["entry"])
     score_answer = _scorer(item["dataset"], json.dumps(item.get("config") or {}, sort_keys=True))
+    given = extract(completion, entry)
+    shown = " ".join(given.split())
     try:
-        return Score.ok(score_answer(extract(completion, entry), entry))
+        return Score.ok(score_answer(given, entry), answer=shown)
     except _MALFORMED:
         score_answer(entry["answer"], entry)  # raises as well when it is not the answer's fault
-        return Score.ok(0.0)
+        return Score.ok(0.0, answer=shown)
 
 
 def extract(completion: str, entry: Mapping[str, Any]) -> str:

@@ -114,7 +114,9 @@ def _checked(score: Score) -> Score:
         if not _is_number(part) or not math.isfinite(part):
             return Score.unknown(f"part {name!r} of the Score is {reprlib.repr(part)}")
         parts[str(name)] = float(part)
-    return Score.ok(reward.reward, parts)
+    if not isinstance(score.answer, str | None):
+        return Score.unknown(f"the answer of the Score is {reprlib.repr(score.answer)}, not text")
+    return Score.ok(reward.reward, parts, score.answer)
 
 
 def _is_number(value: object) -> TypeGuard[SupportsFloat]:

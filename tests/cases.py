@@ -30,6 +30,7 @@ def random_case(seed: int, algorithm: str, kinds: str = "ppppee", **config: Any)
                 "old_logprobs": rng.normal(-1.8, 0.5, n).tolist(),
                 "rollout_logprobs": rng.normal(-1.8, 0.5, n).tolist(),
                 "ref_logprobs": rng.normal(-1.8, 0.5, n).tolist(),
+                "signature": str(i // 4),
             }
         )
     return {"algorithm": algorithm, "config": config, "rows": rows, "step": 3}

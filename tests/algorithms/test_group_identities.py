@@ -32,6 +32,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "visurf": REGULARIZED,
     "topr": {**REGULARIZED, "reward_baseline": 0.5},
     "rift": {"entropy_coef": 0.02},
+    "polychromic": {**REGULARIZED, "set_size": 1},
 }
 IN_GROUPS = ("luffy", "srft", "visurf")
 
@@ -178,6 +179,13 @@ def test_26_rift_on_right_rows_is_sft(seed):
     assert_same(rift, {**relabelled(rift, "expert"), "algorithm": "sft"})
 
 
+@pytest.mark.parametrize("kinds", ["pppp", "pppppp"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_27_polychromic_with_sets_of_one_is_grpo(seed, kinds):
+    case = random_case(seed, "polychromic", kinds, set_size=1, **REGULARIZED)
+    assert_same(case, random_case(seed, "grpo", kinds, advantage="group_mean", **REGULARIZED))
+
+
 @pytest.mark.parametrize("algorithm", ["luffy", "hpt", "super_rl", "visurf"])
 def test_35_equal_rewards_without_other_terms_train_nothing(algorithm):
     kinds = "ppppee" if algorithm in IN_GROUPS else "pppp"
@@ -185,6 +193,18 @@ def test_35_equal_rewards_without_other_terms_train_nothing(algorithm):
     loss, grads = solve(with_rewards(case, *[1.0] * len(kinds)))
     assert loss == 0
     assert all((grad == 0).all() for grad in grads)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_35_equal_rewards_and_answers_train_nothing(size):
+    case = random_case(0, "polychromic", "pppppp", set_size=size)
+    for row in case["rows"]:
+        row |= {"reward": 0.3, "signature": "x"}
+    loss, grads = solve(case)
+    assert loss == 0
+    assert all((grad == 0).all() for grad in grads)
+    case["rows"][0]["signature"] = "y"  # a set with it holds two answers
+    assert (solve(case)[0] != 0) == (size == 2)
 
 
 @pytest.mark.parametrize("algorithm", ["srft", "topr", "rift"])

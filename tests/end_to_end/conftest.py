@@ -19,6 +19,8 @@ def work_folder(tmp_path_factory, tiny_model) -> Path:
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     # A random model never adds up; a reward that it sometimes earns makes groups with a signal.
     (folder / "parity.py").write_text(
-        "def grade(prompt, completion):\n    return float(len(completion) % 2)\n"
+        "from plait.engine.types import Score\n\n"
+        "def grade(prompt, completion):\n"
+        "    return Score.ok(len(completion) % 2, answer=completion)\n"
     )
     return folder

@@ -1,14 +1,26 @@
-"""Proof that a wrong formula of luffy, srft, hpt, super_rl, visurf, topr or rift misses the reference numbers."""
+"""Proof that a wrong formula of luffy, srft, hpt, super_rl, visurf, topr, rift or polychromic misses the reference
+numbers.
+"""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from plait.algorithms import hpt, losses, luffy, reward_signed, srft, super_rl, visurf
+from plait.algorithms import (
+    hpt,
+    losses,
+    luffy,
+    polychromic,
+    reward_signed,
+    srft,
+    super_rl,
+    visurf,
+)
 from plait.engine.types import Source
 from plait.launch.golden import check_case
 
@@ -37,6 +49,7 @@ def fails(name: str, **config: Any) -> bool:
         "topr/loss/default",
         "rift/loss/default",
         "rift/loss/row mean, split",
+        "polychromic/loss/sets of 2",
     ],
 )
 def test_one_more_token_and_row_in_the_denominator_fails(monkeypatch, case):
@@ -75,6 +88,12 @@ def test_one_more_token_and_row_in_the_denominator_fails(monkeypatch, case):
         ("topr/loss/default", {"positive_ratio_high": 9.0, "positive_ratio_low": 0.0}),
         ("topr/loss/baseline, split", {"reward_baseline": 0.0}),
         ("rift/loss/default", {"negative_reward": -0.3}),
+        ("polychromic/loss/sets of 2", {"set_size": 3}),
+        ("polychromic/loss/split", {"set_size": 1}),
+        ("polychromic/loss/split", {"max_sets_per_group": 1}),
+        ("polychromic/loss/sets of 2", {"normalizer": "tokens"}),
+        ("polychromic/loss/sets of 2", {"clip_high": None}),
+        ("polychromic/trace/given and all sets", {"set_size": 2}),
         ("rift/loss/row mean, split", {"probability_scope": "row_sum"}),
         ("rift/loss/row mean, split", {"probability_scope": "token", "normalizer": "rows"}),
     ],
@@ -226,3 +245,48 @@ def test_wrong_rows_by_their_log_probability_fail(monkeypatch):
     monkeypatch.setattr(reward_signed, "scoped_logprobs", lambda *args: Logprobs(scoped(*args)))
     assert fails("rift/loss/default")
     assert fails("rift/loss/row mean, split")
+
+
+POLYCHROMIC = ("polychromic/loss/sets of 2", "polychromic/trace/given and all sets")
+
+
+@pytest.mark.parametrize("case", POLYCHROMIC)
+def test_sets_without_their_diversity_fail(monkeypatch, case):
+    right = polychromic.credit_sets
+
+    def blind(rewards, signatures, sets, size):
+        return right(rewards, [str(i) for i in range(len(rewards))], sets, size)
+
+    monkeypatch.setattr(polychromic, "credit_sets", blind)
+    assert fails(case)
+
+
+@pytest.mark.parametrize("case", POLYCHROMIC)
+def test_set_advantages_without_a_mean_fail(monkeypatch, case):
+    monkeypatch.setattr(polychromic, "center", list)
+    assert fails(case)
+
+
+@pytest.mark.parametrize("case", POLYCHROMIC)
+def test_the_sum_over_a_rows_sets_instead_of_the_mean_fails(monkeypatch, case):
+    right = polychromic.credit_sets
+
+    def summed(rewards, signatures, sets, size):
+        found = right(rewards, signatures, sets, size)
+        counts = [sum(i in rows for rows in sets) for i in range(len(rewards))]
+        advantages = [a * n for a, n in zip(found.advantages, counts, strict=True)]
+        return replace(found, advantages=advantages)
+
+    monkeypatch.setattr(polychromic, "credit_sets", summed)
+    assert fails(case)
+
+
+def test_sets_across_groups_fail(monkeypatch):
+    credit = polychromic.Polychromic.credit
+
+    def as_one(self, samples, step=0):
+        rows = credit(self, [replace(s, group_id="all") for s in samples], step)
+        return [replace(row, group_id=s.group_id) for row, s in zip(rows, samples, strict=True)]
+
+    monkeypatch.setattr(polychromic.Polychromic, "credit", as_one)
+    assert fails("polychromic/loss/split")

@@ -70,7 +70,7 @@ def test_every_method_has_a_recipe():
         for name in PAPER
         for config in load_recipe(f"paper/{name}").algorithm.sections.values()
     }
-    assert used >= ALGORITHMS.keys() - {"stages", "polychromic"}
+    assert used >= ALGORITHMS.keys() - {"stages"}
 
 
 def test_columns_inside_cells(tmp_path):

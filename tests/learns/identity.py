@@ -144,7 +144,8 @@ class IdentityScorer:
 
 
 def grade(prompt: Prompt, rollout: Rollout) -> Score:
-    return Score.ok(float(rollout.token_ids[0] == prompt.token_ids[-1]))
+    answer = rollout.token_ids[0]
+    return Score.ok(float(answer == prompt.token_ids[-1]), answer=str(answer))
 
 
 class CopySampler(ModelSampler):

@@ -21,6 +21,8 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "chord": {"expert_rows_per_step": 8, "mu_decay_steps": 20},
     # Flat enough to draw each symbol at a cold start; a penalty for misses then teaches the end token only.
     "one_token_rollout": {"sampling_temperature": 5.0, "miss_reward": 0.0},
+    # One answer is right: in larger sets a wrong one beside right ones pays more than another right one.
+    "polychromic": {"set_size": 2},
     "relift": {"expert_batch_size": 4},
     "sasr": {"warmup_steps": 10},
     "stages": {

@@ -120,6 +120,10 @@ ACTIONS = {
     "int": lambda: 1,
     "numpy": lambda: np.float32(1.0),
     "score": lambda: Score.ok(1.0, {"format": 0.5}),
+    "answer": lambda: Score.ok(1.0, answer="x"),
+    "long_x": lambda: Score.ok(1.0, answer="\u00e9" * 1_000_000 + "x"),
+    "long_y": lambda: Score.ok(1.0, answer="\u00e9" * 1_000_000 + "y"),
+    "answer_list": lambda: Score.ok(1.0, answer=["x"]),  # pyright: ignore[reportArgumentType]
     "score_unknown": lambda: Score.unknown("no verdict"),
     "score_nan": lambda: Score.ok(float("nan")),
     "score_none": lambda: Score(ScoreStatus.OK, None),

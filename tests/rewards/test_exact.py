@@ -2,7 +2,6 @@
 
 import pytest
 
-from plait.engine.types import Score
 from plait.rewards.exact import grade_exact
 
 from .conftest import make_prompt
@@ -35,9 +34,28 @@ from .conftest import make_prompt
     ],
 )
 def test_verdicts(answer: str, completion: str, correct: bool) -> None:
-    assert grade_exact(make_prompt(answer=answer), completion) == Score.ok(correct)
+    assert grade_exact(make_prompt(answer=answer), completion).reward == correct
 
 
 @pytest.mark.parametrize("answer", [None, " "])
 def test_no_answer_is_unknown(answer: str | None) -> None:
     assert grade_exact(make_prompt(answer=answer), "").reason == "the prompt has no answer"
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        (r"so \boxed{\text{New  York}}", "new york"),
+        ("1,234.50", "1234.5"),
+        ("+1234.5", "1234.5"),
+        ("1000", "1E+3"),
+        ("1e3", "1E+3"),
+        ("-0.00", "0"),
+        ("1" * 40 + ".0", "1" * 40),
+        ("1/2", "1/2"),
+        ("", ""),
+    ],
+)
+def test_the_answer_is_one_string_for_all_ways_to_write_it(completion: str, answer: str) -> None:
+    for gold in ("1234.5", "other"):
+        assert grade_exact(make_prompt(answer=gold), completion).answer == answer

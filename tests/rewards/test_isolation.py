@@ -71,6 +71,7 @@ def scorer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessScorer]:
         ("part_nan", "part 'format' of the Score is nan"),
         ("long_reason", "x" * 500),
         ("many_parts", "bytes, more than 65536"),
+        ("answer_list", "the answer of the Score is ['x'], not text"),
     ],
 )
 def test_only_the_hostile_sample_is_unknown(
@@ -93,6 +94,15 @@ def test_odd_but_valid_returns_pass(scorer: ProcessScorer, action: str) -> None:
     scores = score_texts(scorer, ["fine", action, "fine"])
     assert [score.reward for score in scores] == [1.0] * 3
     assert scores[1].parts == ({"format": 0.5} if action == "score" else {})
+    assert all(score.answer is None for score in scores)
+
+
+def test_answers_come_back_and_long_ones_stay_different(scorer: ProcessScorer) -> None:
+    short, one, other, again = score_texts(scorer, ["answer", "long_x", "long_y", "long_x"])
+    assert short.answer == "x"
+    assert one.answer == again.answer != other.answer
+    assert one.answer is not None
+    assert len(one.answer) == 500
 
 
 def test_a_mixture_keeps_every_healthy_sample_and_the_pool(scorer: ProcessScorer) -> None:

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import math_verify
 import pytest
 
-from plait.engine.types import Prompt, Score, ScoreStatus
+from plait.engine.types import Prompt, ScoreStatus
 from plait.rewards.answers import last_boxed, plain
 from plait.rewards.math import grade_boxed_math, grade_math
 
@@ -71,7 +71,7 @@ PAIRS = [  # prompt's answer, completion, correct
 def test_verdicts_agree_with_math_verify(answer: str, completion: str, correct: bool) -> None:
     gold = math_verify.parse(rf"\boxed{{{last_boxed(answer) or answer}}}")
     assert math_verify.verify(gold, math_verify.parse(completion)) is correct
-    assert grade_math(make_prompt(answer=answer), completion) == Score.ok(correct)
+    assert grade_math(make_prompt(answer=answer), completion).reward == correct
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_verdicts_agree_with_math_verify(answer: str, completion: str, correct: 
     ],
 )
 def test_the_last_closed_box_counts(completion: str, correct: bool) -> None:
-    assert grade_math(make_prompt(), completion) == Score.ok(correct)
+    assert grade_math(make_prompt(), completion).reward == correct
 
 
 @pytest.mark.parametrize("answer", [None, "", "   ", "???", "∞∞"])
@@ -149,3 +149,24 @@ def test_boxed_math_takes_boxes_only(completion: str, reward: float) -> None:
     prompt = Prompt("p", (), (), answer="4")
     assert grade_boxed_math(prompt, completion).reward == reward
     assert grade_boxed_math(Prompt("p", (), ()), completion).reward is None
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        (r"\boxed{0.5}", "1/2"),
+        (r"\boxed{\dfrac12}", "1/2"),
+        (r"\boxed{\frac{1}{3}}", "1/3"),
+        (r"\boxed{1/3}", "1/3"),
+        (r"\boxed{1+x^2}", "x**2 + 1"),
+        (r"\boxed{\{3,2\}}", "{2, 3}"),
+        (r"\boxed{" + "9" * 5000 + "}", "9" * 5000),
+        ("I do not know", ""),
+        ("", ""),
+    ],
+)
+def test_the_answer_is_one_string_for_all_ways_to_write_it(completion: str, answer: str) -> None:
+    assert grade_math(make_prompt(answer="1/2"), completion).answer == answer
+    without_box = "" if "boxed" not in completion else answer
+    assert grade_boxed_math(make_prompt(answer="1/2"), completion).answer == without_box
+    assert grade_math(make_prompt(answer="???"), completion).answer is None

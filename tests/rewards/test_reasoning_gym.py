@@ -25,7 +25,7 @@ def test_gold_scores_1_and_an_empty_answer_does_not_in_every_data_set() -> None:
         if prompt.answer is None:  # a few items only come with a checker
             continue
         gold = grade_reasoning_gym(prompt, f"I think <answer>{prompt.answer}</answer>")
-        assert gold == Score.ok(1.0), dataset
+        assert gold.reward == 1.0, dataset
         wrong = grade_reasoning_gym(prompt, "no such answer")
         assert wrong.reward is not None, dataset
         tested += 1
@@ -38,7 +38,7 @@ def test_gold_scores_1_and_an_empty_answer_does_not_in_every_data_set() -> None:
 )
 def test_forms_of_the_gold_answer(dataset: str, form: str) -> None:
     prompt = make_item(dataset)
-    assert grade_reasoning_gym(prompt, form.format(prompt.answer)) == Score.ok(1.0)
+    assert grade_reasoning_gym(prompt, form.format(prompt.answer)).reward == 1.0
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_partial_credit_is_the_data_sets() -> None:
 
 def test_a_scorer_that_raises_on_a_malformed_answer_means_wrong() -> None:
     prompt = make_item("prime_factorization")
-    assert grade_reasoning_gym(prompt, "no number") == Score.ok(0.0)
+    assert grade_reasoning_gym(prompt, "no number") == Score.ok(0.0, answer="no number")
 
 
 def test_configuration_reaches_the_scorer() -> None:
@@ -93,3 +93,9 @@ def test_through_the_scorer(make_scorer: MakeScorer) -> None:
     prompt = make_item("knights_knaves")
     scores = score_texts(make_scorer("reasoning_gym"), [str(prompt.answer), "?"], prompt)
     assert [score.reward for score in scores] == [1.0, 0.0]
+
+
+def test_the_answer_is_what_was_extracted() -> None:
+    prompt = make_item("chain_sum")
+    assert grade_reasoning_gym(prompt, "so\n\\boxed{ 3  4 }").answer == "3 4"
+    assert grade_reasoning_gym(prompt, "").answer == ""
