@@ -30,7 +30,7 @@ CONFIGS = {
     "chord": {"expert_rows_per_step": 4},
     "ghpo": {"failure_threshold": 1.0},
     "grpo": {"drop_uniform_groups": True, "refill_rounds": 1},
-    "polychromic": {"set_size": 2, "max_sets_per_group": 2},
+    "polychromic": {"set_size": 2},
     "regft": {"pass_rate_threshold": 1.0, "hint_fraction": 0.5},
     "ppo": {"critic_warmup_steps": 1},
     "relift": {"expert_batch_size": 2},
