@@ -49,6 +49,10 @@ class Pairs:
                 "a pairwise expert loss needs chosen and rejected rows, and no row of the batch has a role"
             )
         counts = sum_rows(supervised(batch).to(batch.weights.dtype), batch)
+        if bool(((counts > 0) & (batch.pairs == 0)).any()):
+            raise DataError(
+                "a pairwise expert loss needs a role on every supervised row: mark it chosen or rejected"
+            )
         chosen, rejected = (counts > 0) & (batch.pairs > 0), (counts > 0) & (batch.pairs < 0)
         same = batch.group_ids[:, None] == batch.group_ids[None, :]
         found = (same & chosen[:, None] & rejected[None, :]).nonzero()

@@ -59,16 +59,14 @@ class MaskedThought(InputHookBase):
     """Loop steps of the run."""
     replacement: Literal["mask_token", "random_token"] = "mask_token"
     mask_token_id: int | None = Field(default=None, ge=0)
-    """Required by `mask_token`: an id the model does not use otherwise."""
+    """Required and read by `mask_token` alone: an id the model does not use otherwise."""
     hide_from_attention: bool = False
     """Later tokens do not attend to masked ones either."""
 
     @model_validator(mode="after")
     def _mask_token(self) -> MaskedThought:
-        if (self.replacement == "mask_token") != (self.mask_token_id is not None):
-            raise ValueError(
-                "masked_thought: set mask_token_id with replacement mask_token, and only then"
-            )
+        if self.replacement == "mask_token" and self.mask_token_id is None:
+            raise ValueError("masked_thought: replacement mask_token needs mask_token_id")
         return self
 
     def coefs(self, step: int) -> dict[str, float]:

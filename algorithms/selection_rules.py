@@ -77,14 +77,20 @@ def prune_tokens(
     neighbor_weight: float,
     drop: Literal["highest", "lowest"],
 ) -> list[bool]:
-    """Which tokens of a row stay: the share with the lowest (or highest) perplexity, smoothed over the neighbours."""
+    """Which tokens of a row stay: the share with the lowest (or highest) perplexity, smoothed over the neighbours.
+
+    Of equal scores the earlier token counts as the higher one.
+    """
     p = [0.0, *(exp(value) for value in nll), 0.0]
     scores = [
         (1 - neighbor_weight) * p[t] + neighbor_weight * (p[t - 1] + p[t + 1])
         for t in range(1, len(p) - 1)
     ]
-    dropped = len(scores) - ceil(keep_fraction * len(scores) - 1e-9)
-    gone = best(scores if drop == "highest" else [-s for s in scores], dropped)
+    kept = ceil(keep_fraction * len(scores) - 1e-9)
+    if drop == "lowest":
+        stay = best(scores, kept)
+        return [t in stay for t in range(len(scores))]
+    gone = best(scores, len(scores) - kept)
     return [t not in gone for t in range(len(scores))]
 
 

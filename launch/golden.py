@@ -180,7 +180,8 @@ def run_loss(case: Case) -> dict[str, Any]:
         )
     if "new_values" in algorithm.needs[update]:
         return run_value_loss(case, algorithm, update)
-    samples = algorithm.credit([row_sample(row) for row in rows])
+    check_columns(rows, algorithm, update)
+    samples = algorithm.credit([row_sample(row, f"row {i}") for i, row in enumerate(rows)])
     batch = with_columns(collate(samples, torch.float64), rows, algorithm.needs[update])
     if "behaviour_logprobs" in algorithm.needs[update]:
         batch = replace(batch, behaviour_logprobs=column(rows, "old_logprobs"))
@@ -197,7 +198,6 @@ def run_loss(case: Case) -> dict[str, Any]:
     metrics = dict[str, Tensor]()
     with torch.no_grad():
         everything = policy_output(logits, batch)
-    check_columns(rows, algorithm)
     algorithm.expert_memory = remembered(rows) | normalizers(rows)
     batch = algorithm.prepare(batch, everything.logprobs, coefs)
     for part in case.get("micro_batches", [list(range(len(rows)))]):

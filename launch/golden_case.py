@@ -76,6 +76,8 @@ class GoldenRow(Strict):
                 raise ValueError(f"{name} has {len(column)} entries for {n} response_ids")
         if self.prefix_len is not None and self.prefix_len > n:
             raise ValueError(f"prefix_len = {self.prefix_len} exceeds the {n} response_ids")
+        if self.prefix_len is None and self.source == "hybrid":
+            raise ValueError("a hybrid row needs prefix_len")
         return self
 
     @model_validator(mode="after")

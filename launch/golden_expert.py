@@ -10,12 +10,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..algorithms.expert_losses import Eaft, Glow, TokenWeight
+from ..algorithms.expert_losses import Eaft, Glow
 from ..engine.batch import collate
+from ..engine.contracts import Need
 from ..engine.model import full_kl, topk_entropy
 from ..engine.types import PolicyOutput, Sample, Source, TrainBatch
 
 Case = Mapping[str, Any]
+COLUMN_OF_NEED: Mapping[Need, str] = {
+    "old_logprobs": "old_logprobs",
+    "behaviour_logprobs": "old_logprobs",
+    "ref_logprobs": "ref_logprobs",
+    "ref_kl": "ref_logits",
+    "base_logprobs": "base_logprobs",
+    "history_logprobs": "history_logprobs",
+    "prompt_attention": "prompt_attention",
+    "token_weights": "token_weights",
+    "pairs": "pair",
+    "demonstration_scores": "reward",
+}
+"""Row key of each need of an expert loss that a golden row must bring."""
 
 
 class CaseError(ValueError):
@@ -23,26 +37,29 @@ class CaseError(ValueError):
 
 
 def remembered(rows: Sequence[Case]) -> dict[str, float]:
-    """What the run would remember of the rows: sample id -> mean loss at the last visit."""
-    visited = [row for row in rows if row.get("previous_loss") is not None]
-    return {sample_id(row): row["previous_loss"] for row in visited}
+    """What the run would remember of the rows, each a sample of its own: its mean loss at the last visit."""
+    losses = {f"row {i}": row.get("previous_loss") for i, row in enumerate(rows)}
+    return {name: loss for name, loss in losses.items() if loss is not None}
 
 
-def sample_id(row: Case) -> str:
-    return row.get("sample_id") or row["group"]
-
-
-def check_columns(rows: Sequence[Case], algorithm: Any) -> None:
-    """Columns whose absence the batch cannot show: raises CaseError where the expert loss insists on one."""
+def check_columns(rows: Sequence[Case], algorithm: Any, update: str) -> None:
+    """Raises CaseError where a row with supervised tokens lacks what the expert loss of this update needs."""
     loss = getattr(algorithm.config, "expert_loss", None)
-    if isinstance(loss, TokenWeight):
-        for row in rows:
-            if (
-                row["source"] == "expert"
-                and row.get("response_ids")
-                and not row.get("token_weights")
-            ):
-                raise CaseError("expert_loss token_weight needs token_weights on every expert row")
+    if loss is None or not loss.needs <= algorithm.needs[update]:
+        return
+    needed = sorted(COLUMN_OF_NEED[need] for need in loss.needs & COLUMN_OF_NEED.keys())
+    for i, row in enumerate(rows):
+        missing = [key for key in needed if row.get(key) is None]
+        if missing and num_supervised(row):
+            raise CaseError(f"row {i} has no {missing[0]}, which expert_loss {loss.type} needs")
+
+
+def num_supervised(row: Case) -> int:
+    """EXPERT tokens of weight not 0."""
+    length = len(row.get("response_ids") or [])
+    prefix = length if row["source"] == "expert" else row.get("prefix_len") or 0
+    weights = row.get("token_weights") or [1.0] * length
+    return sum(weight != 0 for weight in weights[:prefix])
 
 
 def with_expert_columns(
@@ -79,11 +96,9 @@ def with_expert_columns(
 
 
 def golden_kl(logits: Tensor, row: Case) -> tuple[Tensor, Tensor] | None:
-    """KL(ref || pi) and KL(pi || ref) per position; None on rows that have no tokens or are not supervised."""
-    if (row["source"] != "expert" and row.get("ref_logits") is None) or logits.ndim != 2:
+    """KL(ref || pi) and KL(pi || ref) per position; None on rows that have no tokens or no reference."""
+    if row.get("ref_logits") is None or logits.ndim != 2:
         return None
-    if row.get("ref_logits") is None:
-        raise CaseError("expert_loss asft needs ref_logits on every expert row")
     return full_kl(logits, torch.tensor(row["ref_logits"], dtype=torch.float64))
 
 

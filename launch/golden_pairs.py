@@ -39,7 +39,9 @@ def trace_discriminative_ft(algorithm: Any, entries: Sequence[Case]) -> list[dic
         ref = entry.get("rejected_ref_scores")
         if ref is None and not loss.reference_free:
             raise CaseError("discriminative_ft needs rejected_ref_scores, or reference_free")
-        ref = None if ref is None else torch.tensor(ref, dtype=torch.float64)
+        if ref is not None and len(ref) != len(entry["rejected_scores"]):
+            raise CaseError(f"rejected_ref_scores = {ref}: one for each of rejected_scores")
+        ref = None if loss.reference_free else torch.tensor(ref, dtype=torch.float64)
         # Row 0 is the chosen one.
         pairs = Pairs(torch.zeros(len(scores)).long(), torch.arange(1, len(scores) + 1))
         stored = torch.full((len(scores) + 1,), memory.get(entry["group"], float("nan"))).double()
@@ -56,16 +58,16 @@ def trace_masked_thought(algorithm: Any, entries: Sequence[Case]) -> list[dict[s
     hook: MaskedThought = algorithm.config.expert_loss.input_hook
     outputs = []
     for entry in entries:
-        ids = np.asarray(entry["response_ids"])
+        ids, step = np.asarray(entry["response_ids"], dtype=np.int64), entry.get("step") or 0
         weights = np.asarray(entry.get("token_weights") or [1.0] * len(ids))
-        masked = hook.masked(weights != 0, np.asarray(entry["uniform_draws"]), entry["step"])
+        masked = hook.masked(weights != 0, np.asarray(entry["uniform_draws"]), step)
         random_ids = None
         if hook.replacement == "random_token":
             if entry.get("random_token_ids") is None:
                 raise CaseError("masked_thought with random_token needs random_token_ids")
             random_ids = np.asarray(entry["random_token_ids"])
         output = {
-            **hook.coefs(entry["step"]),
+            **hook.coefs(step),
             "input_ids": hook.replaced(ids, masked, random_ids).tolist(),
             "attention_mask": (~masked if hook.hide_from_attention else masked | True).astype(int),
         }

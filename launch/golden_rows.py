@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..engine.contracts import Need
 from ..engine.types import Sample, Source, TrainBatch
-from .golden_expert import sample_id
 
 COLUMNS = (
     "old_logprobs",
@@ -27,10 +26,10 @@ COLUMNS = (
 Case = Mapping[str, Any]
 
 
-def row_sample(row: Case) -> Sample:
+def row_sample(row: Case, sample_id: str = "") -> Sample:
     """A golden row as a Sample: one CONTEXT token (nothing predicts a row's first token), then the response."""
     response = row.get("response_ids") or []
-    n, prefix = len(response), row.get("prefix_len", 0)
+    n, prefix = len(response), row.get("prefix_len") or 0
     kind = {"policy": Source.POLICY, "hybrid": Source.POLICY, "expert": Source.EXPERT}[
         row["source"]
     ]
@@ -45,7 +44,7 @@ def row_sample(row: Case) -> Sample:
         rollout_logprobs=np.asarray([np.nan, *(row.get("rollout_logprobs") or [np.nan] * n)]),
         group_id=row["group"],
         reward=row.get("reward"),
-        sample_id=sample_id(row),
+        sample_id=sample_id,
         pair=row.get("pair"),
         signature=row.get("signature"),
     )
@@ -54,7 +53,7 @@ def row_sample(row: Case) -> Sample:
 def scored_sample(row: Case) -> Sample:
     """A golden row that is only scored: one token, which a hybrid row's policy wrote behind a prefix of one."""
     hybrid = row["source"] == "hybrid"
-    names = ("source", "group", "reward", "signature", "pair", "sample_id")
+    names = ("source", "group", "reward", "signature", "pair")
     known = {name: row[name] for name in names if name in row}
     return row_sample(
         {**known, "response_ids": [0, 0] if hybrid else [0], "prefix_len": int(hybrid)}
