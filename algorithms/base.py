@@ -224,6 +224,8 @@ class AlgorithmBase(ABC):
     token_sampling: TokenSampling | None = None
     every_prompt_demonstrated: bool = False
     """True where each prompt's own demonstration trains, so data without one is refused."""
+    trains_own_responses: bool = False
+    """True where responses that were just sampled train as EXPERT rows: they have no columns and no earlier visits."""
 
     def __init__(self, config: Any, setup: Setup) -> None:
         self.config = config

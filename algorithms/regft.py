@@ -20,7 +20,7 @@ from math import floor
 from statistics import fmean
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from ..engine.contracts import DrawFn
 from ..engine.ledger import ExpertLedger
@@ -50,11 +50,6 @@ class RegftConfig(SupervisedFields):
     max_kept_per_problem: int = Field(default=4, ge=1)
     success_threshold: float = 1.0
 
-    @model_validator(mode="after")
-    def _own_solutions_carry_no_columns(self) -> RegftConfig:
-        self.refuse_stored_columns()
-        return self
-
 
 def is_hard(pass_rate: float, config: RegftConfig) -> bool:
     return pass_rate < config.pass_rate_threshold
@@ -77,6 +72,7 @@ class Regft(Sft):
 
     def __init__(self, config: RegftConfig, setup: Setup) -> None:
         super().__init__(config, setup)
+        self.trains_own_responses = True
         self._seen: dict[str, float] = {}
         self._ledger = ExpertLedger()
 

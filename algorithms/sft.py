@@ -19,7 +19,6 @@ from pydantic import Field, model_validator
 from ..engine.contracts import LossFn, Need
 from ..engine.ledger import ExpertLedger
 from ..engine.types import (
-    TOKEN_COLUMNS,
     LossOutput,
     PolicyOutput,
     Prompt,
@@ -45,16 +44,6 @@ class SupervisedFields(AlgorithmConfig):
     """Of the expert component."""
     entropy_coef: float = Field(default=0.0, ge=0)
 
-    def refuse_stored_columns(self) -> None:
-        """Raises ValueError where the expert loss reads what the data stores: rows that were just sampled have none."""
-        loss = self.expert_loss
-        stored = sorted(loss.needs & ({*TOKEN_COLUMNS} - {"ref_logprobs"}))
-        if stored or loss.remembers:
-            raise ValueError(
-                f"algorithm.expert_loss.type = {loss.type!r} reads {', '.join(stored) or 'earlier visits'} of its "
-                "rows, which solutions that were just sampled do not have; choose another"
-            )
-
 
 class SftConfig(SupervisedFields):
     type: Literal["sft"] = "sft"
@@ -62,9 +51,7 @@ class SftConfig(SupervisedFields):
     """Which of a step's demonstrations train (docs/expert-losses.md); null: all."""
 
     @model_validator(mode="after")
-    def _own_responses_carry_no_columns(self) -> SftConfig:
-        if isinstance(self.data_selection, SelfResponse):
-            self.refuse_stored_columns()
+    def _compared_rows_are_not_selected(self) -> SftConfig:
         if self.data_selection is not None and "pairs" in self.expert_loss.needs:
             raise ValueError(
                 f"algorithm.expert_loss.type = {self.expert_loss.type!r} compares responses, and data_selection "
@@ -94,6 +81,7 @@ class Sft(AlgorithmBase):
         super().__init__(config, setup)
         rule = getattr(config, "data_selection", None)
         self.selection = None if rule is None else Selection(rule)
+        self.trains_own_responses = isinstance(rule, SelfResponse)
 
     @property
     def losses(self) -> Mapping[str, LossFn]:

@@ -8,7 +8,7 @@ from typing import Any
 from ..algorithms import AlgorithmBase
 from ..algorithms.expert_base import ExpertLossBase
 from ..algorithms.stages import Stages
-from ..engine.errors import DataError
+from ..engine.errors import ConfigError, DataError
 from ..engine.types import TOKEN_COLUMNS
 from ..rollouts.records import Record
 
@@ -28,6 +28,7 @@ def check_demonstrations(
         for member in algorithm.members:
             check_demonstrations(member, records, graded=graded)
         return
+    refuse_unknown_of_own_responses(algorithm)
     needs = frozenset[str]().union(*algorithm.needs.values())
     if "pairs" in needs and not any(record.rejected for record in records):
         raise DataError(
@@ -53,6 +54,21 @@ def check_demonstrations(
     if algorithm.expert_loss is not None:
         shown = [record for record in records if record.demonstrations]
         check_expert_loss(algorithm.expert_loss, shown, graded=graded)
+
+
+def refuse_unknown_of_own_responses(algorithm: AlgorithmBase) -> None:
+    """Raises ConfigError where the expert loss reads what the data stores of a row, and rows were just sampled."""
+    loss = algorithm.expert_loss
+    if loss is None or not algorithm.trains_own_responses:
+        return
+    stored = sorted(loss.needs & ({*TOKEN_COLUMNS} - COMPUTABLE))
+    if stored or loss.remembers:
+        raise ConfigError.at(
+            "algorithm.expert_loss.type",
+            loss.kind,
+            f"reads {', '.join(stored) or 'earlier visits'} of its rows, which solutions that were just sampled by "
+            f"{algorithm.config.type} do not have; choose another",
+        )
 
 
 def check_pairs_fit(algorithm: AlgorithmBase, data: Any, max_response: int, budget: int) -> None:

@@ -253,13 +253,6 @@ def test_rules_with_rollouts_need_a_reward(kind, tmp_path):
     load_recipe(file, ["algorithm.data_selection={type: q_tuning}"])
 
 
-@pytest.mark.parametrize("loss", ["token_cleaning", "glow"])
-def test_own_responses_have_no_stored_columns(loss):
-    with pytest.raises(ValueError, match="just sampled"):
-        make_sft(loss, type="self_response")
-    make_sft("iw_sft", type="self_response")
-
-
 # -- arithmetic -----------------------------------------------------------------------------------
 
 
