@@ -30,6 +30,7 @@ from ..engine.types import (
     PolicyOutput,
     Prompt,
     RolloutGroup,
+    Score,
     StepPlan,
     TrainBatch,
     Update,
@@ -175,9 +176,10 @@ class Relift(AlgorithmBase):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Prompt ids of the buffer, in order, and optimizer steps of `sft` so far."""
+        """Prompt ids of the buffer, in order, verdicts on their demonstrations, and optimizer steps of `sft` so far."""
         return {
             "buffer": [prompt.prompt_id for prompt in self.buffer],
+            "verdicts": {prompt.prompt_id: verdicts(prompt) for prompt in self.buffer},
             "sft_phases": self.sft_phases,
             **super().state_dict(),
         }
@@ -188,6 +190,23 @@ class Relift(AlgorithmBase):
                 f"relift's buffer names {len(state['buffer'])} prompts, but Setup.find_prompt is not set"
             )
         find = self.setup.find_prompt
-        self.buffer = [find(prompt_id) for prompt_id in state["buffer"]] if find else []
+        saved = state["verdicts"]
+        self.buffer = [graded(find(name), saved[name]) for name in state["buffer"]] if find else []
         self.sft_phases = state["sft_phases"]
         super().load_state_dict(state)
+
+
+def verdicts(prompt: Prompt) -> list[float | str | None]:
+    """Of each demonstration: its reward, the reason why it is UNKNOWN, or None where it was not graded."""
+    scores = [demonstration.score for demonstration in prompt.demonstrations]
+    return [None if s is None else s.reason if s.reward is None else s.reward for s in scores]
+
+
+def graded(prompt: Prompt, saved: Sequence[float | str | None]) -> Prompt:
+    """The prompt with the verdicts that a checkpoint holds."""
+    scores = [
+        None if v is None else Score.unknown(v) if isinstance(v, str) else Score.ok(v)
+        for v in saved
+    ]
+    pairs = zip(prompt.demonstrations, scores, strict=True)
+    return replace(prompt, demonstrations=tuple(replace(d, score=score) for d, score in pairs))

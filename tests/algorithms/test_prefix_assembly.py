@@ -14,6 +14,7 @@ from plait.engine.batch import collate
 from plait.engine.errors import CheckpointError
 from plait.engine.types import (
     Sampling,
+    Score,
     Source,
     UpdateReport,
 )
@@ -156,6 +157,20 @@ def test_relift_resumes_with_its_buffer():
     assert resumed.state_dict() == algorithm.state_dict()
     with pytest.raises(CheckpointError, match="find_prompt"):
         build("relift", **config).load_state_dict(state)
+
+
+def test_relift_resumes_with_the_verdicts_on_its_demonstrations():
+    verdicts = {"a": Score.ok(0.5), "b": Score.unknown("timeout"), "c": None}
+    prompts = [
+        replace(p, demonstrations=(replace(p.demonstrations[0], score=verdicts[p.prompt_id]),))
+        for p in PROMPTS
+    ]
+    algorithm = build("relift", rollouts_per_prompt=2)
+    relift_step(algorithm, {"a": [0, 0], "b": [0, 0], "c": [0, 0]}, prompts)
+    found = {prompt.prompt_id: prompt for prompt in PROMPTS}
+    resumed = build("relift", replace(SETUP, find_prompt=found.__getitem__), rollouts_per_prompt=2)
+    resumed.load_state_dict(json.loads(json.dumps(algorithm.state_dict())))
+    assert {p.prompt_id: p.demonstrations[0].score for p in resumed.buffer} == verdicts
 
 
 def run_sasr(algorithm, steps):
