@@ -1,8 +1,8 @@
 """A Llama of one million random weights that reads and writes letter by letter.
 
-    python benchmarks/sparse_reward/small_model.py models/small
+    python small_model.py models/small
 
-The comparison of docs/algorithms/comparison.md starts from it after a warm-up on short words (warm.yaml). The same
+The comparison of docs/compare.md starts from it after a warm-up on short words (warm.yaml). The same
 command always writes the same weights.
 """
 
