@@ -1,17 +1,9 @@
 """Columns, ties and memories of expert-loss cases: what a row lacks is named, what is not read is not needed."""
 
-import json
-from pathlib import Path
-
 import pytest
 
+from golden_cases import case_of
 from plait.launch.golden import check_case
-
-CONTENT = Path(__file__).with_name("expert.json").read_text()
-
-
-def case_of(name: str):
-    return next(case for case in json.loads(CONTENT)["cases"] if case["name"] == name)
 
 
 def trace(config, inputs, outputs):
@@ -39,6 +31,9 @@ def trace(config, inputs, outputs):
         ("forgetting_scheduled", "base_logprobs"),
         ("sstoken_default", "history_logprobs"),
         ("sstoken_default", "prompt_attention"),
+        ("sstoken_gap_only", "history_logprobs"),
+        ("dpop_default", "pair"),
+        ("forgetting_scheduled", "ref_logprobs"),
         ("dpop_default", "ref_logprobs"),
         ("redi_default", "pair"),
         ("discriminative_ft_with_reference", "ref_logprobs"),
@@ -47,12 +42,14 @@ def trace(config, inputs, outputs):
         ("rift_default", "reward"),
     ],
 )
-def test_missing_column_is_named(name, column):
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_missing_column_is_named(name, column, everywhere):
     case = case_of(name)
-    case["rows"][-1].pop(column)
-    result = check_case(case)
-    assert not result.ok
-    assert f"row {len(case['rows']) - 1} has no {column}" in result.problem
+    experts = [i for i, row in enumerate(case["rows"]) if row["source"] == "expert"]
+    missing = experts if everywhere else experts[-1:]
+    for i in missing:
+        case["rows"][i].pop(column, None)
+    assert f"row {missing[0]} has no {column}" in check_case(case).problem
 
 
 @pytest.mark.parametrize(

@@ -1,23 +1,20 @@
 """A golden case of any shape gives one line: null keys are no keys, and what is unknown or misshapen fails."""
 
-import copy
 import json
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from golden_cases import CASES, case_of
 from plait.launch.cli import app
 from plait.launch.golden import check_case
 
-FILE = Path(__file__).parent / "hybrid.json"
-CASES = {case["name"]: case for case in json.loads(FILE.read_text())["cases"]}
 DEFAULT = "grpo/loss/default"
 
 
 def changed(name, path, value):
     """A copy of the case with the value at a path of keys and indices replaced."""
-    case = copy.deepcopy(CASES[name])
+    case = case_of(name)
     place = case
     for key in path[:-1]:
         place = place[key]

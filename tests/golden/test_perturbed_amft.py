@@ -1,23 +1,9 @@
 """Proof that a wrong formula of amft misses the reference numbers."""
 
-import json
-from pathlib import Path
-
 import pytest
 
+from golden_cases import fails
 from plait.algorithms import amft, chord, losses
-from plait.launch.golden import check_case
-
-CASES = {
-    case["name"]: case
-    for case in json.loads((Path(__file__).parent / "hybrid.json").read_text())["cases"]
-}
-
-
-def fails(name, **config):
-    case = CASES[name]
-    result = check_case({**case, "config": {**case.get("config", {}), **config}})
-    return not result.ok and "not produced" not in result.problem
 
 
 @pytest.mark.parametrize("case", ["amft/loss/default mu", "amft/loss/mu 0.8, split"])

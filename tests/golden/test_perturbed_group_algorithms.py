@@ -4,13 +4,11 @@ numbers.
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 
+from golden_cases import fails
 from plait.algorithms import (
     hpt,
     losses,
@@ -22,45 +20,6 @@ from plait.algorithms import (
     visurf,
 )
 from plait.engine.types import Source
-from plait.launch.golden import check_case
-
-CASES = {
-    case["name"]: case
-    for case in json.loads((Path(__file__).parent / "hybrid.json").read_text())["cases"]
-}
-
-
-def fails(name: str, **config: Any) -> bool:
-    case = CASES[name]
-    result = check_case({**case, "config": {**case.get("config", {}), **config}})
-    return not result.ok and "not produced" not in result.problem
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        "luffy/loss/default",
-        "luffy/loss/paper equation",
-        "srft/loss/paper",
-        "srft/loss/hpt_repo",
-        "hpt/loss/one rl prompt, one sft prompt",
-        "super_rl/loss/mixed",
-        "visurf/loss/weak model",
-        "topr/loss/default",
-        "rift/loss/default",
-        "rift/loss/row mean, split",
-        "polychromic/loss/sets of 2",
-    ],
-)
-def test_one_more_token_and_row_in_the_denominator_fails(monkeypatch, case):
-    normalize = losses.Members.normalize
-
-    def wrong(self, values, batch, normalizer, max_response_length):
-        counts = losses.Members(self.mask, self.tokens + 1, self.rows + 1)
-        return normalize(counts, values, batch, normalizer, max_response_length)
-
-    monkeypatch.setattr(losses.Members, "normalize", wrong)
-    assert fails(case)
 
 
 @pytest.mark.parametrize(
