@@ -13,24 +13,33 @@ VOCABULARY = 6
 
 
 def random_case(seed: int, algorithm: str, kinds: str = "ppppee", **config: Any) -> dict[str, Any]:
-    """One row a letter of `kinds`: p policy (two groups, binary rewards), e expert; ragged lengths."""
-    rng = np.random.default_rng(seed)
+    """One row a letter of `kinds`, of ragged lengths, with every column that some method reads.
+
+    p policy (two groups, binary rewards), h the same behind a prefix of an expert's, e expert in a group of its own,
+    d expert in a policy group, with reward 1.
+    """
+    rng, more = np.random.default_rng(seed), np.random.default_rng((seed, 1))
     rows = []
     for i, kind in enumerate(kinds):
         n = int(rng.integers(1, 6))
-        expert = kind == "e"
+        expert = kind in "de"
+        prefix = {"p": 0, "h": max(1, int(more.integers(0, n)))}
+        ids = rng.integers(0, VOCABULARY, n).tolist()
         rows.append(
             {
-                "source": "expert" if expert else "policy",
-                "group": f"expert{i}" if expert else f"group{i % 2}",
-                "reward": None if expert else float(i // 2 % 2),
-                "response_ids": rng.integers(0, VOCABULARY, n).tolist(),
-                "prefix_len": n if expert else 0,
+                "source": "expert" if expert else "hybrid" if kind == "h" else "policy",
+                "group": f"expert{i}" if kind == "e" else f"group{i % 2}",
+                "reward": {"e": None, "d": 1.0}.get(kind, float(i // 2 % 2)),
+                "response_ids": ids,
+                "prefix_len": prefix.get(kind, n),
                 "logits": rng.normal(size=(n, VOCABULARY)).tolist(),
                 "old_logprobs": rng.normal(-1.8, 0.5, n).tolist(),
                 "rollout_logprobs": rng.normal(-1.8, 0.5, n).tolist(),
                 "ref_logprobs": rng.normal(-1.8, 0.5, n).tolist(),
                 "signature": str(i // 4),
+                "old_entropy": more.uniform(0.1, 1.7, n).tolist(),
+                "values": more.normal(size=n).tolist(),
+                "samples": [[token, *more.integers(0, VOCABULARY, 2).tolist()] for token in ids],
             }
         )
     return {"algorithm": algorithm, "config": config, "rows": rows, "step": 3}
@@ -38,6 +47,15 @@ def random_case(seed: int, algorithm: str, kinds: str = "ppppee", **config: Any)
 
 def changed(case: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return {**copy.deepcopy(case), **changes}
+
+
+def relabelled(case: dict[str, Any], source: str) -> dict[str, Any]:
+    """The same rows, all written by `source` from their first token on."""
+    case = changed(case)
+    for row in case["rows"]:
+        prefix = len(row["response_ids"]) if source == "expert" else 0
+        row |= {"source": source, "prefix_len": prefix}
+    return case
 
 
 def on_policy(case: dict[str, Any]) -> dict[str, Any]:
