@@ -219,12 +219,6 @@ def test_regft_never_shows_the_end_token_and_needs_to_know_how_to_show():
         run_rounds(build("regft"), PROMPTS[:1], by_hint(a=([0, 0], [1, 1])))
 
 
-@pytest.mark.parametrize("kind", ["glow", "token_weight"])
-def test_regft_refuses_expert_losses_that_read_what_fresh_rows_lack(kind):
-    with pytest.raises(ValidationError, match="just sampled"):
-        build("regft", expert_loss={"type": kind})
-
-
 # -- grpo's refill -----------------------------------------------------------------------------
 
 
