@@ -44,8 +44,9 @@ from ..engine.types import (
     Update,
     UpdateReport,
 )
-from .base import AlgorithmBase, ExpertFields, PolicyFields, Setup, surrogate_needs
+from .base import AlgorithmBase, Setup, surrogate_needs
 from .chord import chord_loss
+from .hybrid import HybridFields
 from .losses import Members, policy_component
 from .rows import rollout_rows
 from .step_size import StepSize
@@ -54,7 +55,7 @@ MIN_PRODUCT = 1e-12
 MetaGradient = Literal["cosine", "raw"]
 
 
-class AmftConfig(PolicyFields, ExpertFields):
+class AmftConfig(HybridFields):
     type: Literal["amft"] = "amft"
     mu_start: float = Field(default=0.5, ge=0, le=1)
     """Weight of the expert term after the warm-up (0.8 in the public configs)."""

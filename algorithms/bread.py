@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import accumulate, pairwise
 from statistics import fmean
 from typing import Literal
@@ -23,7 +22,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from ..engine.contracts import DrawFn, LossFn, Need
+from ..engine.contracts import DrawFn
 from ..engine.ledger import ExpertLedger
 from ..engine.types import (
     Demonstration,
@@ -34,10 +33,10 @@ from ..engine.types import (
     StepPlan,
     Update,
 )
-from .base import AlgorithmBase, PolicyFields, Setup, surrogate_needs
-from .grpo import grpo_loss
+from .base import PolicyFields, Setup
+from .grpo import GrpoBase
 from .losses import Normalizer
-from .rounds import all_failed, groups_by_prompt
+from .rounds import groups_by_prompt, has_failed
 from .rows import rollout_rows
 from .step_size import StepSize
 
@@ -88,21 +87,14 @@ def merge_pieces(piece_lengths: Sequence[int], max_pieces: int) -> tuple[int, ..
     return tuple(sum(piece_lengths[a:b]) for a, b in pairwise(cuts))
 
 
-class Bread(AlgorithmBase):
+class Bread(GrpoBase):
     Config = BreadConfig
+    extra_needs = frozenset({"demonstrations"})
 
     def __init__(self, config: BreadConfig, setup: Setup) -> None:
         super().__init__(config, setup)
         self._seen: dict[str, float] = {}
         self._ledger = ExpertLedger()
-
-    @property
-    def losses(self) -> Mapping[str, LossFn]:
-        return {"main": partial(grpo_loss, config=self.config)}
-
-    @property
-    def needs(self) -> Mapping[str, frozenset[Need]]:
-        return {"main": surrogate_needs(self.config) | frozenset[Need]({"demonstrations"})}
 
     def follow_up(
         self, rounds: Sequence[Sequence[RolloutGroup]], step: int, draw: DrawFn
@@ -129,8 +121,7 @@ class Bread(AlgorithmBase):
     def search(self, groups: Sequence[RolloutGroup]) -> Search:
         """Where the search of one prompt stands; over before it began where the prompt did not fail."""
         own, *probes = groups
-        threshold = self.config.failure_threshold
-        failed = all_failed([score.reward for score in own.scores], threshold)
+        failed = has_failed(own, self.config.failure_threshold)
         if not failed or not own.prompt.demonstrations:
             return Search((), 0)
         num_pieces = len(self.anchors(own.prompt.demonstrations[0]))

@@ -18,22 +18,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from ..engine.contracts import LossFn, Need
 from ..engine.types import LossOutput, PolicyOutput, Prompt, StepPlan, TrainBatch
-from .base import AlgorithmBase, ExpertFields, PolicyFields, surrogate_needs
-from .grpo import regularize
-from .losses import expert_component, policy_component
+from .base import AlgorithmBase, surrogate_needs
+from .hybrid import HybridFields, hybrid_loss
 from .schedules import warmup_cosine
 
-if TYPE_CHECKING:
-    from .amft import AmftConfig
 
-
-class ChordConfig(PolicyFields, ExpertFields):
+class ChordConfig(HybridFields):
     type: Literal["chord"] = "chord"
     mu_peak: float = Field(default=0.9, ge=0, le=1)
     """Weight of the expert term after the warm-up; the policy term has 1 - mu."""
@@ -46,21 +42,11 @@ class ChordConfig(PolicyFields, ExpertFields):
 
 
 def chord_loss(
-    out: PolicyOutput,
-    batch: TrainBatch,
-    coefs: Mapping[str, float],
-    *,
-    config: ChordConfig | AmftConfig,
+    out: PolicyOutput, batch: TrainBatch, coefs: Mapping[str, float], *, config: HybridFields
 ) -> LossOutput:
     """(1 - mu) policy + mu expert + regularizers; coefs: mu. The losses logged are those before mu."""
     mu = coefs["mu"]
-    policy, policy_metrics = policy_component(out, batch, config)
-    expert, expert_metrics = expert_component(
-        out, batch, config.expert_loss, config.expert_normalizer, config.max_response_length, coefs
-    )
-    regularizers, metrics = regularize(out, batch, config)
-    loss = (1 - mu) * policy + mu * expert + regularizers
-    return LossOutput(loss, {**policy_metrics, **expert_metrics, **metrics})
+    return hybrid_loss(out, batch, coefs, config, policy_weight=1 - mu, expert_weight=mu)
 
 
 class Chord(AlgorithmBase):

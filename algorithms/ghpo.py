@@ -17,18 +17,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ..engine.contracts import DrawFn, LossFn, Need
+from ..engine.contracts import DrawFn
 from ..engine.ledger import ExpertLedger
 from ..engine.types import RolloutGroup, RolloutRequest, Source, StepPlan, TokenIds, Update
-from .base import AlgorithmBase, PolicyFields, Setup, surrogate_needs
-from .grpo import grpo_loss
+from .base import PolicyFields, Setup
+from .grpo import GrpoBase
 from .losses import Normalizer
-from .rounds import all_failed, groups_by_prompt
+from .rounds import groups_by_prompt, has_failed
 from .rows import rollout_rows
 from .step_size import StepSize
 
@@ -50,21 +49,14 @@ def hint_length(fraction: float, demo_length: int) -> int:
     return round(fraction * demo_length)
 
 
-class Ghpo(AlgorithmBase):
+class Ghpo(GrpoBase):
     Config = GhpoConfig
+    extra_needs = frozenset({"demonstrations"})
 
     def __init__(self, config: GhpoConfig, setup: Setup) -> None:
         super().__init__(config, setup)
         self._stages: dict[str, float] = {}
         self._ledger = ExpertLedger()
-
-    @property
-    def losses(self) -> Mapping[str, LossFn]:
-        return {"main": partial(grpo_loss, config=self.config)}
-
-    @property
-    def needs(self) -> Mapping[str, frozenset[Need]]:
-        return {"main": surrogate_needs(self.config) | frozenset[Need]({"demonstrations"})}
 
     def follow_up(
         self, rounds: Sequence[Sequence[RolloutGroup]], step: int, draw: DrawFn
@@ -77,12 +69,8 @@ class Ghpo(AlgorithmBase):
         return [
             self.hinted_request(group, fraction)
             for group in rounds[-1]
-            if group.prompt.demonstrations and self.has_failed(group)
+            if group.prompt.demonstrations and has_failed(group, self.config.failure_threshold)
         ]
-
-    def has_failed(self, group: RolloutGroup) -> bool:
-        rewards = [score.reward for score in group.scores]
-        return all_failed(rewards, self.config.failure_threshold)
 
     def hinted_request(self, group: RolloutGroup, fraction: float) -> RolloutRequest:
         prompt, n, sampling = group.prompt, self.config.rollouts_per_prompt, self.setup.sampling
@@ -110,7 +98,7 @@ class Ghpo(AlgorithmBase):
         solved = {
             own[0].prompt.prompt_id: "solved"
             for own in by_prompt
-            if own[0].rewards and not self.has_failed(own[0])
+            if own[0].rewards and not has_failed(own[0], self.config.failure_threshold)
         }
         gate = len(hinted) / len(by_prompt) if by_prompt else None
         self._ledger = ExpertLedger(gate_rate=gate, used=hinted, unused=solved)

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -97,12 +97,11 @@ def with_signal(groups: Sequence[RolloutGroup]) -> int:
     return len(set(names) - uniform_groups([reward for reward, _ in scored], names))
 
 
-class Grpo(AlgorithmBase):
-    Config = GrpoConfig
+class GrpoBase(AlgorithmBase):
+    """Methods whose only loss is grpo's."""
 
-    def __init__(self, config: GrpoConfig, setup: Setup) -> None:
-        super().__init__(config, setup)
-        self._refilled: dict[str, float] = {}
+    extra_needs: ClassVar[frozenset[Need]] = frozenset()
+    """What they consume beyond that loss."""
 
     @property
     def losses(self) -> Mapping[str, LossFn]:
@@ -110,7 +109,15 @@ class Grpo(AlgorithmBase):
 
     @property
     def needs(self) -> Mapping[str, frozenset[Need]]:
-        return {"main": surrogate_needs(self.config)}
+        return {"main": surrogate_needs(self.config) | self.extra_needs}
+
+
+class Grpo(GrpoBase):
+    Config = GrpoConfig
+
+    def __init__(self, config: GrpoConfig, setup: Setup) -> None:
+        super().__init__(config, setup)
+        self._refilled: dict[str, float] = {}
 
     def follow_up(
         self, rounds: Sequence[Sequence[RolloutGroup]], step: int, draw: DrawFn

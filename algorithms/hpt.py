@@ -33,16 +33,16 @@ from ..engine.types import (
     Update,
 )
 from .advantages import Estimator
-from .base import AlgorithmBase, ExpertFields, PolicyFields, Setup, surrogate_needs
-from .grpo import regularize
-from .losses import Normalizer, expert_component, policy_component
+from .base import AlgorithmBase, Setup, surrogate_needs
+from .hybrid import HybridFields, hybrid_loss
+from .losses import Normalizer
 from .rows import expert_row, rollout_rows
 from .step_size import StepSize
 
 Route = Literal["rl", "sft"]
 
 
-class HptConfig(PolicyFields, ExpertFields):
+class HptConfig(HybridFields):
     type: Literal["hpt"] = "hpt"
     solved_gate: int = Field(default=0, ge=0)
     """A question with at most this many right rollouts trains its demonstration (Qwen 0, LLaMA 2)."""
@@ -70,13 +70,7 @@ def hpt_loss(
     out: PolicyOutput, batch: TrainBatch, coefs: Mapping[str, float], *, config: HptConfig
 ) -> LossOutput:
     """policy + expert_coef x expert + regularizers; the losses logged are those before expert_coef."""
-    policy, policy_metrics = policy_component(out, batch, config)
-    expert, expert_metrics = expert_component(
-        out, batch, config.expert_loss, config.expert_normalizer, config.max_response_length, coefs
-    )
-    regularizers, metrics = regularize(out, batch, config)
-    loss = policy + config.expert_coef * expert + regularizers
-    return LossOutput(loss, {**policy_metrics, **expert_metrics, **metrics})
+    return hybrid_loss(out, batch, coefs, config, expert_weight=config.expert_coef)
 
 
 class Hpt(AlgorithmBase):

@@ -109,22 +109,15 @@ def luffy_loss(
     return LossOutput(component + regularizers, {**metrics, **more})
 
 
-class MixedGroups(AlgorithmBase):
-    """Plan and rows of groups whose last rows are demonstrations."""
+class DemonstratedGroups(AlgorithmBase):
+    """Plan and rows of groups whose last rows are demonstrations, `expert_rows_per_group` of them."""
 
-    def request(self, prompt: Prompt) -> RolloutRequest:
-        """Rollouts for the rows that demonstrations leave."""
-        num = min(self.config.expert_rows_per_group, len(demonstrated(prompt)))
-        return RolloutRequest(prompt, self.config.rollouts_per_prompt - num, self.setup.sampling)
+    @property
+    def needs(self) -> Mapping[str, frozenset[Need]]:
+        return {"main": surrogate_needs(self.config) | SCORED_DEMONSTRATIONS}
 
     def plan(self, prompts: Sequence[Prompt], experts: Sequence[Prompt], step: int) -> StepPlan:
-        requests = tuple(self.request(prompt) for prompt in prompts)
-        return StepPlan(requests, tuple(prompt for prompt in prompts if demonstrated(prompt)))
-
-    def step_size(self, num_prompts: int, step: int) -> StepSize:
-        """Demonstrations take the places of rollouts; a prompt without any is rolled out in full."""
-        size = super().step_size(num_prompts, step)
-        return replace(size, expert_rows=num_prompts * self.config.expert_rows_per_group)
+        return super().plan(prompts, [prompt for prompt in prompts if demonstrated(prompt)], step)
 
     def assemble(
         self, plan: StepPlan, groups: Sequence[RolloutGroup], step: int
@@ -135,16 +128,26 @@ class MixedGroups(AlgorithmBase):
         return [self.update(rows, self.coefs(step))]
 
 
+class MixedGroups(DemonstratedGroups):
+    """Demonstrations take the places of rollouts."""
+
+    def request(self, prompt: Prompt) -> RolloutRequest:
+        """Rollouts for the rows that demonstrations leave."""
+        num = min(self.config.expert_rows_per_group, len(demonstrated(prompt)))
+        return RolloutRequest(prompt, self.config.rollouts_per_prompt - num, self.setup.sampling)
+
+    def step_size(self, num_prompts: int, step: int) -> StepSize:
+        """Demonstrations take the places of rollouts; a prompt without any is rolled out in full."""
+        size = super().step_size(num_prompts, step)
+        return replace(size, expert_rows=num_prompts * self.config.expert_rows_per_group)
+
+
 class Luffy(MixedGroups):
     Config = LuffyConfig
 
     @property
     def losses(self) -> Mapping[str, LossFn]:
         return {"main": partial(luffy_loss, config=self.config)}
-
-    @property
-    def needs(self) -> Mapping[str, frozenset[Need]]:
-        return {"main": surrogate_needs(self.config) | SCORED_DEMONSTRATIONS}
 
     def credit(self, samples: Sequence[Sample]) -> list[Sample]:
         """EXPERT tokens train with an advantage too."""

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import combinations, count
 from math import comb
 from typing import Literal
@@ -26,13 +25,12 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from ..engine.contracts import LossFn, Need
 from ..engine.errors import DataError
 from ..engine.types import RolloutGroup, Sample, StepPlan, Update
 from .advantages import center
-from .base import AlgorithmBase, Setup, SurrogateFields, drop_uniform, rollout_rows, surrogate_needs
+from .base import Setup, SurrogateFields, drop_uniform, rollout_rows
 from .draws import uniforms
-from .grpo import grpo_loss
+from .grpo import GrpoBase
 from .losses import Normalizer
 
 Set = tuple[int, ...]
@@ -103,20 +101,12 @@ def credit_sets(
     return SetCredit(diversities, objectives, centered, advantages)
 
 
-class Polychromic(AlgorithmBase):
+class Polychromic(GrpoBase):
     Config = PolychromicConfig
 
     def __init__(self, config: PolychromicConfig, setup: Setup) -> None:
         super().__init__(config, setup)
         self.set_diversity: float | None = None
-
-    @property
-    def losses(self) -> Mapping[str, LossFn]:
-        return {"main": partial(grpo_loss, config=self.config)}
-
-    @property
-    def needs(self) -> Mapping[str, frozenset[Need]]:
-        return {"main": surrogate_needs(self.config)}
 
     def assemble(
         self, plan: StepPlan, groups: Sequence[RolloutGroup], step: int

@@ -40,7 +40,7 @@ from .advantages import Estimator
 from .base import AlgorithmBase, ExpertFields, PolicyFields, Setup, surrogate_needs
 from .grpo import grpo_loss
 from .losses import Members, Normalizer, expert_component
-from .rounds import all_failed
+from .rounds import has_failed
 from .step_size import Phase, StepSize
 
 
@@ -108,7 +108,8 @@ class Relift(AlgorithmBase):
         self, plan: StepPlan, groups: Sequence[RolloutGroup], step: int
     ) -> Sequence[Update]:
         updates = [*super().assemble(plan, groups, step)]
-        failed = [group.prompt for group in groups if self.has_failed(group)]
+        threshold = self.config.failure_threshold
+        failed = [group.prompt for group in groups if has_failed(group, threshold)]
         self._failed_prompts = len(failed)
         self._failed_share = len(failed) / len(groups) if groups else None
         self._unused = {g.prompt.prompt_id: self.why_unused(g) for g in groups}
@@ -117,13 +118,9 @@ class Relift(AlgorithmBase):
             updates.append(self.sft_update(batch, step))
         return updates
 
-    def has_failed(self, group: RolloutGroup) -> bool:
-        rewards = [score.reward for score in group.scores]
-        return all_failed(rewards, self.config.failure_threshold)
-
     def why_unused(self, group: RolloutGroup) -> str:
         """Of a prompt that is in no `sft` phase of this step."""
-        if self.has_failed(group):
+        if has_failed(group, self.config.failure_threshold):
             return "buffered"
         solved = any(reward > self.config.failure_threshold for reward in group.rewards)
         return "solved" if solved else "unknown_score"

@@ -15,6 +15,11 @@ def groups_by_prompt(groups: Iterable[RolloutGroup]) -> list[list[RolloutGroup]]
     return list(found.values())
 
 
+def has_failed(group: RolloutGroup, threshold: float) -> bool:
+    """Every rollout of the group is known to be wrong."""
+    return all_failed([score.reward for score in group.scores], threshold)
+
+
 def all_failed(rewards: Sequence[float | None], threshold: float) -> bool:
     """Every rollout, of at least one, is known to be wrong."""
     return bool(rewards) and all(r is not None and r <= threshold for r in rewards)

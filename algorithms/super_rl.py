@@ -30,16 +30,16 @@ from ..engine.types import (
     TrainBatch,
     Update,
 )
-from .base import AlgorithmBase, ExpertFields, PolicyFields, Setup, surrogate_needs
-from .grpo import regularize
-from .losses import Normalizer, expert_component, policy_component
+from .base import AlgorithmBase, Setup, surrogate_needs
+from .hybrid import HybridFields, hybrid_loss
+from .losses import Normalizer
 from .rows import expert_row, rollout_rows
 from .step_size import StepSize
 
 Route = Literal["rl", "sft"]
 
 
-class SuperRlConfig(PolicyFields, ExpertFields):
+class SuperRlConfig(HybridFields):
     type: Literal["super_rl"] = "super_rl"
     failure_threshold: float = 0.0
     """A prompt whose best rollout has at most this reward trains its demonstrations."""
@@ -64,13 +64,7 @@ def super_rl_loss(
 ) -> LossOutput:
     """(1 - share) policy + share expert + regularizers; coefs: expert_share. Logged losses are those before it."""
     share = coefs["expert_share"]
-    policy, policy_metrics = policy_component(out, batch, config)
-    expert, expert_metrics = expert_component(
-        out, batch, config.expert_loss, config.expert_normalizer, config.max_response_length, coefs
-    )
-    regularizers, metrics = regularize(out, batch, config)
-    loss = (1 - share) * policy + share * expert + regularizers
-    return LossOutput(loss, {**policy_metrics, **expert_metrics, **metrics})
+    return hybrid_loss(out, batch, coefs, config, policy_weight=1 - share, expert_weight=share)
 
 
 class SuperRl(AlgorithmBase):

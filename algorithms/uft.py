@@ -37,13 +37,12 @@ from ..engine.types import (
     TrainBatch,
     Update,
 )
-from .base import AlgorithmBase, ExpertFields, PolicyFields, Setup, surrogate_needs
+from .base import AlgorithmBase, Setup, surrogate_needs
 from .draws import uniforms
-from .grpo import regularize
-from .losses import expert_component, policy_component
+from .hybrid import HybridFields, hybrid_loss
 
 
-class UftConfig(PolicyFields, ExpertFields):
+class UftConfig(HybridFields):
     type: Literal["uft"] = "uft"
     rollouts_per_prompt: int = Field(default=4, ge=1)
     hint_buckets: int = Field(default=5, ge=1)
@@ -103,13 +102,7 @@ def uft_loss(
     out: PolicyOutput, batch: TrainBatch, coefs: Mapping[str, float], *, config: UftConfig
 ) -> LossOutput:
     """Surrogate on the continuation, expert loss on the hint; the expert loss logged is that before expert_coef."""
-    policy, policy_metrics = policy_component(out, batch, config)
-    expert, expert_metrics = expert_component(
-        out, batch, config.expert_loss, config.expert_normalizer, config.max_response_length, coefs
-    )
-    regularizers, metrics = regularize(out, batch, config)
-    loss = policy + config.expert_coef * expert + regularizers
-    return LossOutput(loss, {**policy_metrics, **expert_metrics, **metrics})
+    return hybrid_loss(out, batch, coefs, config, expert_weight=config.expert_coef)
 
 
 class Uft(AlgorithmBase):

@@ -24,30 +24,24 @@ from typing import Literal
 
 from pydantic import Field
 
-from ..engine.contracts import LossFn, Need
+from ..engine.contracts import LossFn
 from ..engine.ledger import ExpertLedger
 from ..engine.types import (
     LossOutput,
     PolicyOutput,
-    Prompt,
-    RolloutGroup,
     Sample,
     Source,
-    StepPlan,
     TrainBatch,
     Update,
 )
 from .base import (
-    SCORED_DEMONSTRATIONS,
-    AlgorithmBase,
     PolicyFields,
     Setup,
     credit_groups,
-    surrogate_needs,
 )
 from .grpo import regularize
 from .losses import Members, Normalizer, policy_component
-from .rows import demonstrated, rollout_rows, scored_expert_rows
+from .luffy import DemonstratedGroups
 from .step_size import StepSize
 
 
@@ -84,7 +78,7 @@ def visurf_loss(
     return LossOutput(policy + regularizers, {**metrics, **more})
 
 
-class Visurf(AlgorithmBase):
+class Visurf(DemonstratedGroups):
     Config = VisurfConfig
 
     def __init__(self, config: VisurfConfig, setup: Setup) -> None:
@@ -94,21 +88,6 @@ class Visurf(AlgorithmBase):
     @property
     def losses(self) -> Mapping[str, LossFn]:
         return {"main": partial(visurf_loss, config=self.config)}
-
-    @property
-    def needs(self) -> Mapping[str, frozenset[Need]]:
-        return {"main": surrogate_needs(self.config) | SCORED_DEMONSTRATIONS}
-
-    def plan(self, prompts: Sequence[Prompt], experts: Sequence[Prompt], step: int) -> StepPlan:
-        return super().plan(prompts, [prompt for prompt in prompts if demonstrated(prompt)], step)
-
-    def assemble(
-        self, plan: StepPlan, groups: Sequence[RolloutGroup], step: int
-    ) -> Sequence[Update]:
-        c = self.config
-        experts = scored_expert_rows(groups, c.expert_rows_per_group, c.max_response_length)
-        rows = self.credit(rollout_rows(groups) + experts)
-        return [self.update(rows, self.coefs(step))]
 
     def credit(self, samples: Sequence[Sample]) -> list[Sample]:
         """Smooth, then group advantages on POLICY and EXPERT tokens."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..algorithms import one_token_rollout, prefix_rft, relift, sasr, uft
+from ..algorithms.rounds import all_failed
 from ..engine.token_samples import draw, expected_sums, sampled_sums
 from ..engine.types import Prompt, TokenSamples, TrainBatch, UpdateReport
 from .golden_expert import CaseError
@@ -77,9 +78,7 @@ def trace_relift(algorithm: relift.Relift, entry: Case) -> dict[str, Any]:
     """One step of the buffer; every failed prompt is taken to have a demonstration."""
     threshold = algorithm.config.failure_threshold
     failed = [
-        Prompt(name, (), ())
-        for name, rewards in entry["rewards"]
-        if relift.all_failed(rewards, threshold)
+        Prompt(name, (), ()) for name, rewards in entry["rewards"] if all_failed(rewards, threshold)
     ]
     batch = algorithm.take_batch(failed)
     return {
