@@ -64,6 +64,8 @@ def test_metrics_are_those_of_the_page(chord_run):
         for name in row:
             documented = name.replace("main/", "LOSS/")
             documented = "time/PHASE" if name.startswith("time/") else documented
+            if name.startswith("ledger/demonstrations_unused/"):
+                documented = "ledger/demonstrations_unused/REASON"
             documented = "`LOSS/mu`" if name == "main/mu" else f"`{documented}`"
             assert documented in page, name
 

@@ -70,7 +70,7 @@ class Dice:
                 name = request.prompt.prompt_id
                 yield Rollout(name, index, ids, len(prefix), logprobs, 0, "stop", "")
 
-    def score(self, requests, rollouts):
+    def score(self, requests, rollouts, earlier=()):
         groups = ExpectedGroups(requests)
         scores = {}
         for rollout in rollouts:
