@@ -167,7 +167,7 @@ def credit_groups(
 
     With `drop_uniform_groups`, rows of groups that carry no signal get weight 0.
     """
-    rewards = [s.reward for s in samples]
+    rewards = [s.shaped_reward for s in samples]
     groups = [s.group_id for s in samples]
     advantages = estimate_advantages(rewards, groups, config.advantage, config.advantage_epsilon)
     rows = []

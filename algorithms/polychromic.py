@@ -124,7 +124,7 @@ class Polychromic(GrpoBase):
                 places.setdefault(sample.group_id, []).append(i)
         rows, diversities = list(samples), list[float]()
         for group, members in places.items():
-            rewards = [r for i in members if (r := samples[i].reward) is not None]
+            rewards = [r for i in members if (r := samples[i].shaped_reward) is not None]
             answers = [answer_of(samples[i]) for i in members]
             key = (self.setup.seed, "polychromic", step, group)
             sets = choose_sets(len(members), self.config, *key)

@@ -102,16 +102,16 @@ def separate_advantages(samples: Sequence[Sample]) -> list[Sample]:
     """Plain rows R - m, continuations R, prefixes R - m; m = mean of the group's plain rows, 0 if fewer than two."""
     plain: dict[str, list[float]] = {}
     for sample in samples:
-        if sample.reward is not None and not is_hybrid(sample):
-            plain.setdefault(sample.group_id, []).append(sample.reward)
+        if (reward := sample.shaped_reward) is not None and not is_hybrid(sample):
+            plain.setdefault(sample.group_id, []).append(reward)
     rows = []
     for sample in samples:
-        if sample.reward is None:
+        if (reward := sample.shaped_reward) is None:
             rows.append(sample)
             continue
         known = plain.get(sample.group_id, [])
-        above = sample.reward - (fmean(known) if len(known) > 1 else 0.0)
-        own = sample.reward if is_hybrid(sample) else above
+        above = reward - (fmean(known) if len(known) > 1 else 0.0)
+        own = reward if is_hybrid(sample) else above
         rows.append(sample.with_advantage(own).with_advantage(above, on=Source.EXPERT))
     return rows
 

@@ -22,6 +22,7 @@ def make_row(
     policy_version: int | None = None,
     demonstration: int | None = None,
     signature: str | None = None,
+    shaping: float = 0.0,
 ) -> Sample:
     """Prompt as CONTEXT, `prefix_len` tokens of `prefix_source`, then POLICY tokens with the sampler's log-probs.
 
@@ -53,6 +54,7 @@ def make_row(
         columns=columns,
         sample_id="" if demonstration is None else f"{prompt.prompt_id}#{demonstration}",
         signature=signature,
+        shaping=shaping,
     )
 
 
@@ -76,6 +78,7 @@ def rollout_rows(
             if prefix_source == Source.CONTEXT
             else origin_of(group.prompt, rollout.token_ids[: rollout.prefix_len]),
             signature=score.answer,
+            shaping=score.shaping,
         )
         for group in groups
         for rollout, score in zip(group.rollouts, group.scores, strict=True)
@@ -167,9 +170,11 @@ def scored_expert_rows(
     return [
         replace(
             expert_row(group.prompt, demonstration, max_response_length),
-            reward=demonstration.score.reward if demonstration.score else None,
+            reward=score.reward,
+            shaping=score.shaping,
         )
         for group in groups
         if group.rewards
         for demonstration in demonstrated(group.prompt)[:num]
+        if (score := demonstration.score)
     ]

@@ -62,7 +62,7 @@ class Topr(AlgorithmBase):
         """R - reward_baseline on POLICY tokens; rows without a reward keep 0."""
         return [
             row
-            if row.reward is None
-            else row.with_advantage(row.reward - self.config.reward_baseline)
+            if (reward := row.shaped_reward) is None
+            else row.with_advantage(reward - self.config.reward_baseline)
             for row in samples
         ]

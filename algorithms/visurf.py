@@ -96,7 +96,7 @@ class Visurf(DemonstratedGroups):
         smoothed = {samples[i].group_id for i in rewards}
         self.smoothed_share = len(smoothed) / len(labelled) if labelled else None
         rows = [
-            replace(sample, reward=rewards.get(i, sample.reward))
+            replace(sample, reward=rewards[i], shaping=0.0) if i in rewards else sample
             for i, sample in enumerate(samples)
         ]
         credited = credit_groups(rows, self.config, (Source.POLICY, Source.EXPERT))
@@ -109,14 +109,14 @@ class Visurf(DemonstratedGroups):
         """New reward of each expert row that is smoothed, by its place."""
         rollouts: dict[str, list[float]] = {}
         for sample in samples:
-            if sample.reward is not None and not is_expert(sample):
-                rollouts.setdefault(sample.group_id, []).append(sample.reward)
+            if (reward := sample.shaped_reward) is not None and not is_expert(sample):
+                rollouts.setdefault(sample.group_id, []).append(reward)
         found: dict[int, float] = {}
         for i, sample in enumerate(samples):
-            if sample.reward is not None and is_expert(sample):
-                reward = smoothed_reward(sample.reward, rollouts.get(sample.group_id, []))
-                if reward is not None:
-                    found[i] = reward
+            if (reward := sample.shaped_reward) is not None and is_expert(sample):
+                smoothed = smoothed_reward(reward, rollouts.get(sample.group_id, []))
+                if smoothed is not None:
+                    found[i] = smoothed
         return found
 
     def ledger(self, updates: Sequence[Update], step: int) -> ExpertLedger:

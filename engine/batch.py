@@ -72,7 +72,7 @@ def collate(samples: Sequence[Sample], dtype: torch.dtype = torch.float32) -> Tr
         weights=tokens("weights", dtype),
         rollout_logprobs=tokens("rollout_logprobs", dtype),
         rewards=torch.tensor(
-            [float("nan") if s.reward is None else s.reward for s in samples], dtype=dtype
+            [float("nan") if (r := s.shaped_reward) is None else r for s in samples], dtype=dtype
         ),
         group_ids=torch.tensor([groups[s.group_id] for s in samples], dtype=torch.long),
         denom=Denominators(0, 0, 0, 0, 0, 0),

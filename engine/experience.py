@@ -129,6 +129,8 @@ class Score:
     answer: str | None = None
     """The final answer that the verifier read, normalized: equal answers are equal strings. "" where the response names
     none; None where the reward tells no answers."""
+    shaping: float = 0.0
+    """What the recipe's `reward.shaping` adds for training. `reward` alone says what is right."""
 
     @classmethod
     def ok(

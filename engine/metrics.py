@@ -308,6 +308,7 @@ class RunLog:
                         "text": rollout.text,
                         "status": score.status.value,
                         "reward": score.reward,
+                        "shaping": score.shaping,
                         "parts": dict(score.parts),
                         "reason": score.reason,
                     }

@@ -110,9 +110,16 @@ class Sample:
     """True: no token attends to this one. None: none is hidden."""
     signature: str | None = None
     """Identity of the rollout's final answer (Score.answer); None: the reward told none."""
+    shaping: float = 0.0
+    """Added to the reward where rewards become advantages (Score.shaping)."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def shaped_reward(self) -> float | None:
+        """What advantages are made of. Thresholds, gates and counts read `reward`."""
+        return None if self.reward is None else self.reward + self.shaping
 
     def with_advantage(self, advantage: float, *, on: Source = Source.POLICY) -> Sample:
         """The same row with one advantage on all its tokens of source `on`."""

@@ -133,7 +133,9 @@ def grade(batch: SavedBatch, recipe: Recipe) -> SavedBatch:
         raise Unanswerable("it compares demonstrations with rollouts, and the recipe has no reward")
     from ..rewards.scorer import ProcessScorer
 
-    scorer = ProcessScorer(recipe.reward, os.getcwd(), None)
+    scorer = ProcessScorer(
+        recipe.reward, os.getcwd(), max_response_length=recipe.rollouts.max_response_length
+    )
     try:
         return replace(batch, prompts=tuple(scorer.grade(batch.prompts)))
     finally:

@@ -352,6 +352,13 @@ def contradictions(recipe: Recipe) -> list[Problem]:
             f"the last one would begin after {begins} steps, loop.steps = {steps} never gets there; raise loop.steps, "
             "or shorten the stages before it",
         )
+    buffer = recipe.reward.overlong_buffer if recipe.reward else None
+    check(
+        buffer is None or buffer <= rollouts.max_response_length,
+        "reward.overlong_buffer",
+        buffer,
+        f"must be at most rollouts.max_response_length = {rollouts.max_response_length}",
+    )
     segments = not learner.packing or learner.attention == "segments" or on_cpu
     for section, config in algorithm.sections.items():
         hook = getattr(getattr(config, "expert_loss", None), "input_hook", None)

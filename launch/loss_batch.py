@@ -217,7 +217,8 @@ class Build:
             return self.record(None)
         from ..rewards.scorer import ProcessScorer
 
-        with ProcessScorer(reward, os.getcwd()) as scorer:
+        longest = self.recipe.rollouts.max_response_length
+        with ProcessScorer(reward, os.getcwd(), max_response_length=longest) as scorer:
             found = self.record(scorer)
         lacking = self.lacking(found)
         if lacking is None:

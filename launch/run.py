@@ -16,6 +16,7 @@ from ..algorithms import AlgorithmBase
 from ..engine.errors import ConfigError, HubError, Problem
 from ..engine.types import RolloutRequest, Sampling
 from ..rewards import resolve as resolve_reward
+from ..rewards.config import RewardConfig
 from ..rollouts.config import RolloutConfig
 from ..rollouts.readers import read_records
 from ..rollouts.records import Records
@@ -52,11 +53,20 @@ def check_inputs(recipe: Recipe, unchecked: list[Problem] | None = None) -> Inpu
     with noting_silence(unchecked):
         records = read_records(recipe.data, recipe.eval.num_prompts)
     if recipe.reward is not None:
-        for name in {recipe.reward.function, *(r.reward for r in records.train if r.reward)}:
-            resolve_reward(name)
+        check_rewards(recipe.reward, records)
     if records.train:
         check_demonstrations(algorithm, records.train, graded=recipe.reward is not None)
     return Inputs(recipe, algorithm, records)
+
+
+def check_rewards(reward: RewardConfig, records: Records) -> None:
+    """Raises ConfigError where a function that the recipe or a row names cannot be had."""
+    resolve_reward(reward.function, options=reward.options)
+    for i, part in enumerate(reward.shaping):
+        path = f"reward.shaping[{i}].function"
+        resolve_reward(part.function, path=path, options=part.options)
+    for name in {record.reward for record in records.train if record.reward} - {reward.function}:
+        resolve_reward(name)
 
 
 @contextmanager
@@ -263,7 +273,12 @@ def start_scorer(recipe: Recipe, folder: Path, stack: ExitStack) -> Any:
         return None
     from ..rewards.scorer import ProcessScorer
 
-    scorer = ProcessScorer(recipe.reward, os.getcwd(), folder / "unknown_rewards.jsonl")
+    scorer = ProcessScorer(
+        recipe.reward,
+        os.getcwd(),
+        folder / "unknown_rewards.jsonl",
+        max_response_length=recipe.rollouts.max_response_length,
+    )
     stack.callback(scorer.close)
     return scorer
 
@@ -339,7 +354,8 @@ def evaluate(recipe: Recipe, model_path: str) -> dict[str, Any]:
     from .cluster import ray_cluster
 
     with ExitStack() as stack:
-        scorer = ProcessScorer(recipe.reward, os.getcwd(), None)
+        longest = recipe.rollouts.max_response_length
+        scorer = ProcessScorer(recipe.reward, os.getcwd(), max_response_length=longest)
         stack.callback(scorer.close)
         stack.enter_context(ray_cluster())
         pool = start_pool(recipe, model_path, stack)

@@ -2,11 +2,14 @@
 
 import difflib
 import importlib
+import inspect
 import os
 import sys
 import traceback
+from collections.abc import Mapping
+from functools import partial
 from types import ModuleType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from .. import __version__ as __version__
 from ..engine.errors import ConfigError
@@ -23,15 +26,43 @@ REWARDS: "dict[str, str | RewardFn]" = {
 """Built-in rewards: name -> `module:function` (imported on first use) or the function itself."""
 
 
-def resolve(name: str, *, path: str = "reward.function") -> "RewardFn":
-    """The reward function of a built-in name or of `module:function`.
+def resolve(
+    name: str,
+    *,
+    path: str = "reward.function",
+    options: Mapping[str, Any] | None = None,
+    function: object = None,
+) -> "RewardFn":
+    """The reward function of a built-in name or of `module:function`, its keyword `options` filled in.
+
+    A `function` given is taken instead of looking `name` up.
 
     The current working directory is put at the front of `sys.path` and stays there, so that a folder that
     holds only `rewards.py` and a recipe with `reward: rewards:my_reward` works.
 
     Raises ConfigError at `path`, the recipe field that holds `name`, when there is no such built-in reward, the
-    module is missing or cannot be imported, or its attribute is missing or not callable.
+    module is missing or cannot be imported, its attribute is missing or not callable, or it does not take the options.
     """
+    found = cast("RewardFn", function) if function is not None else _look_up(name, path)
+    if not callable(found):
+        raise ConfigError.at(
+            path,
+            name,
+            f"{name.rpartition(':')[2]!r} is {type(found).__name__}, not a function; "
+            "name a function (prompt, completion) -> number, Score or None",
+        )
+    try:
+        inspect.signature(found).bind(None, "", **(options or {}))
+    except TypeError as error:
+        raise ConfigError.at(
+            path, name, f"cannot be called with (prompt, completion) and its options: {error}"
+        ) from error
+    except ValueError:  # a builtin that tells no signature
+        pass
+    return partial(found, **options) if options else found
+
+
+def _look_up(name: str, path: str) -> "RewardFn":
     builtin = REWARDS.get(name)
     if callable(builtin):
         return builtin
@@ -45,15 +76,7 @@ def resolve(name: str, *, path: str = "reward.function") -> "RewardFn":
         remedy = f"did you mean {near[0]!r}?" if near else "define it there"
         where = getattr(module, "__file__", None) or module_name
         raise ConfigError.at(path, name, f"{where} has no {attribute!r}; {remedy}")
-    function = getattr(module, attribute)
-    if not callable(function):
-        raise ConfigError.at(
-            path,
-            name,
-            f"{attribute!r} is {type(function).__name__}, not a function; "
-            "name a function (prompt, completion) -> number, Score or None",
-        )
-    return cast("RewardFn", function)
+    return getattr(module, attribute)
 
 
 def _no_builtin(name: str) -> str:

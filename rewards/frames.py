@@ -21,12 +21,28 @@ _LENGTH = struct.Struct("!I")
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """Import the reward called `name`, found in the recipe or data field `path`."""
+class Source:
+    """Where a reward function comes from.
 
-    id: int
+    >>> Source("numeric", "reward.function", '{"relative_tolerance": 0.01}').pickled is None
+    True
+    """
+
     name: str
     path: str
+    """Recipe or data field that holds the name."""
+    options: str = "{}"
+    """Keyword arguments, as JSON."""
+    pickled: bytes | None = None
+    """The function itself (cloudpickle), where Python code passed it as an object."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Import a reward function."""
+
+    id: int
+    source: Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +50,7 @@ class Task:
     """Grade one completion. `prompt` is a pickled Prompt: user code decides what unpickling its metadata does."""
 
     id: int
-    name: str
+    source: Source
     prompt: bytes
     completion: str
 

@@ -14,13 +14,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ..engine.errors import ConfigError, PlaitError, RewardError
 from ..engine.types import Score
 from . import guard
 from .config import RewardConfig
+from .frames import Source
 from .process import START_SECONDS, Cancelled, Lost, ScoringProcess
 
 _CLOSE_SECONDS = 5.0
@@ -30,9 +31,7 @@ _CLOSE_SECONDS = 5.0
 class Job:
     """One completion to grade. The callbacks run on a thread of the pool."""
 
-    reward: str
-    path: str
-    """Recipe or data field that holds the reward's name, for error messages."""
+    source: Source
     prompt: bytes
     """A pickled Prompt."""
     completion: str
@@ -45,10 +44,14 @@ class Job:
 
 
 class ProcessPool:
-    """`config.num_workers` scoring processes, started in the background at construction. Linux only."""
+    """`config.num_workers` scoring processes, started in the background at construction. Linux only.
 
-    def __init__(self, config: RewardConfig, working_dir: str) -> None:
+    Each imports `sources` when it starts, other functions when a job asks for them.
+    """
+
+    def __init__(self, config: RewardConfig, sources: Sequence[Source], working_dir: str) -> None:
         self._config = config
+        self._sources = sources
         self._working_dir = working_dir
         self._mark = secrets.token_hex(8)
         self._driver = os.getpid()
@@ -74,14 +77,14 @@ class ProcessPool:
         self._jobs.put(job)
 
     def wait_ready(self) -> None:
-        """Block until every process has imported `config.function`; raises what `check` raises."""
+        """Block until every process has imported the run's functions; raises what `check` raises."""
         deadline = time.monotonic() + START_SECONDS + 1.0
         for started in self._started:
             started.wait(max(0.0, deadline - time.monotonic()))
         self.check()
 
     def check(self) -> None:
-        """Raises ConfigError when `config.function` cannot be imported, RewardError when the pool cannot work."""
+        """Raises ConfigError when a function cannot be imported, RewardError when the pool cannot work."""
         if self._failure is not None:
             raise self._failure
         if self._closing.is_set():
@@ -129,17 +132,20 @@ class ProcessPool:
         memory = self._config.max_memory_mib
         process = ScoringProcess(mark, self._working_dir, memory, self._closing.is_set)
         try:
-            self._load(process, self._config.function, "reward.function")
+            for source in self._sources:
+                self._load(process, source)
         except BaseException:
             process.kill()
             raise
         return process
 
-    def _load(self, process: ScoringProcess, reward: str, path: str) -> None:
+    def _load(self, process: ScoringProcess, source: Source) -> None:
         try:
-            process.load(reward, path)
+            process.load(source)
         except Lost as lost:
-            raise RewardError(f"{path} = {reward!r} could not be loaded: {lost.reason}") from lost
+            raise RewardError(
+                f"{source.path} = {source.name!r} could not be loaded: {lost.reason}"
+            ) from lost
 
     def _feed(self, process: ScoringProcess) -> None:
         """Returns when the process is lost or has retired. Raises Cancelled when the pool closes."""
@@ -147,7 +153,7 @@ class ProcessPool:
             if not job.wanted():
                 continue
             try:
-                self._load(process, job.reward, job.path)
+                self._load(process, job.source)
             except ConfigError as error:
                 job.fail(error)
                 continue
@@ -163,7 +169,7 @@ class ProcessPool:
         """Whether the process is good for another job."""
         timeout = self._config.timeout_seconds
         try:
-            score, retired = process.grade(job.reward, job.prompt, job.completion, timeout)
+            score, retired = process.grade(job.source, job.prompt, job.completion, timeout)
         except Lost as lost:
             if lost.accepted or not self._retry(job):
                 job.done(Score.unknown(lost.reason))

@@ -19,7 +19,7 @@ from typing import Any
 from ..engine.errors import ConfigError
 from ..engine.types import Score
 from . import guard
-from .frames import Load, Task, pack_message, take_reply, unpack_score
+from .frames import Load, Source, Task, pack_message, take_reply, unpack_score
 
 START_SECONDS = 60.0
 """Deadline for starting the interpreter and importing a reward function."""
@@ -67,7 +67,7 @@ class ScoringProcess:
         self._mark = mark
         self._cancelled = cancelled
         self._next_id = 0
-        self._loaded: set[str] = set()
+        self._loaded: set[Source] = set()
         self._buffer = bytearray()
         self._output = bytearray()
         pipes = [os.pipe() for _ in range(3)]
@@ -102,31 +102,31 @@ class ScoringProcess:
         self._poll.register(self._replies, select.POLLIN)
         self._poll.register(self._printed, select.POLLIN)
 
-    def load(self, name: str, path: str) -> None:
+    def load(self, source: Source) -> None:
         """Import a reward function, once.
 
-        Raises ConfigError at `path` when that fails, Lost when it kills the process or takes more than 60 s.
+        Raises ConfigError at `source.path` when that fails, Lost when it kills the process or takes more than 60 s.
         """
-        if name in self._loaded:
+        if source in self._loaded:
             return
         deadline = time.monotonic() + START_SECONDS
-        message = Load(self._new_id(), name, path)
+        message = Load(self._new_id(), source)
         self._send(pack_message(message), deadline)
         reply = self._receive(
             message.id, deadline, f"importing it took more than {START_SECONDS:g} s"
         )
         if reply["event"] != "loaded":
-            raise ConfigError.at(path, name, str(reply.get("message")))
-        self._loaded.add(name)
+            raise ConfigError.at(source.path, source.name, str(reply.get("message")))
+        self._loaded.add(source)
 
     def grade(
-        self, name: str, prompt: bytes, completion: str, timeout_seconds: float
+        self, source: Source, prompt: bytes, completion: str, timeout_seconds: float
     ) -> tuple[Score, bool]:
         """The score of one sample by a loaded function, and whether the process has retired after it.
 
         Raises Lost when the sample killed the process or its deadline passed.
         """
-        task = Task(self._new_id(), name, prompt, completion)
+        task = Task(self._new_id(), source, prompt, completion)
         accept = time.monotonic() + ACCEPT_SECONDS
         self._send(pack_message(task), accept)
         self._receive(task.id, accept, f"no process took it within {ACCEPT_SECONDS:g} s")

@@ -8,6 +8,7 @@ drains; requests and replies have pipes of their own.
 import asyncio
 import ctypes
 import inspect
+import json
 import math
 import numbers
 import os
@@ -27,7 +28,7 @@ from ..engine.contracts import RewardFn
 from ..engine.errors import ConfigError
 from ..engine.types import Score, ScoreStatus
 from . import resolve
-from .frames import Load, Task, pack_event, pack_score, read_frame, write_all
+from .frames import Load, Source, Task, pack_event, pack_score, read_frame, write_all
 
 _PR_SET_PDEATHSIG = 1
 
@@ -39,7 +40,7 @@ class Worker:
         self._requests = requests
         self._replies = replies
         self._max_memory = max_memory
-        self._functions: dict[str, RewardFn] = {}
+        self._functions: dict[Source, RewardFn] = {}
         self._runner: asyncio.Runner | None = None
         self._pid = os.getpid()
 
@@ -62,7 +63,7 @@ class Worker:
         """Import under no memory limit, then limit what may come on top of what is loaded now."""
         _limit_memory(None)
         try:
-            self._functions[message.name] = resolve(message.name, path=message.path)
+            self._functions[message.source] = load_function(message.source)
         except ConfigError as error:
             return pack_event(message.id, "refused", message=error.problems[0].message)
         except BaseException as error:  # noqa: BLE001  (importing a user's module may do anything)
@@ -73,7 +74,7 @@ class Worker:
     def _grade(self, task: Task) -> tuple[Score, bool]:
         """The score, and whether the process should end because its state is in doubt."""
         try:
-            value: object = self._functions[task.name](pickle.loads(task.prompt), task.completion)
+            value: object = self._functions[task.source](pickle.loads(task.prompt), task.completion)
             if inspect.isawaitable(value):
                 if self._runner is None:
                     self._runner = asyncio.Runner()
@@ -84,6 +85,13 @@ class Worker:
             # BaseException included, says that this sample has no score: UNKNOWN, never 0.
             fatal = isinstance(error, MemoryError) or not isinstance(error, Exception)
             return Score.unknown(describe(error)), fatal
+
+
+def load_function(source: Source) -> RewardFn:
+    """Raises ConfigError at `source.path`, and whatever unpickling a function raises."""
+    function = None if source.pickled is None else pickle.loads(source.pickled)
+    options = json.loads(source.options)
+    return resolve(source.name, path=source.path, options=options, function=function)
 
 
 async def _wait_for(value: Awaitable[object]) -> object:

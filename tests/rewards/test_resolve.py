@@ -19,8 +19,11 @@ def test_built_in_names(name: str) -> None:
 
 
 def test_a_function_in_the_dictionary(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(REWARDS, "own", len)
-    assert resolve("own") is len
+    def own(prompt, completion):
+        return 1.0
+
+    monkeypatch.setitem(REWARDS, "own", own)
+    assert resolve("own") is own
 
 
 @pytest.mark.parametrize(
