@@ -7,7 +7,6 @@ everything else is the run's recipe. A method that cannot be asked says why.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +23,7 @@ from ..engine.types import Prompt, RolloutGroup, Source, StepPlan, TokenIds, Upd
 from .config import Recipe, load_recipe, validate
 from .model import resolve_model
 from .run import CONFIG_FILE, load_run
+from .scoring import open_scorer
 
 
 class Unanswerable(Exception):
@@ -131,11 +131,7 @@ def grade(batch: SavedBatch, recipe: Recipe) -> SavedBatch:
         return batch
     if recipe.reward is None:
         raise Unanswerable("it compares demonstrations with rollouts, and the recipe has no reward")
-    from ..rewards.scorer import ProcessScorer
-
-    scorer = ProcessScorer(
-        recipe.reward, os.getcwd(), max_response_length=recipe.rollouts.max_response_length
-    )
+    scorer = open_scorer(recipe)
     try:
         return replace(batch, prompts=tuple(scorer.grade(batch.prompts)))
     finally:

@@ -235,6 +235,36 @@ def check_loss(
         raise typer.Exit(1)
 
 
+@check.command("reward")
+def check_reward(
+    target: Annotated[str, typer.Argument(help="A recipe; with --replay, a run folder.")],
+    overrides: Overrides = None,
+    replay: Annotated[
+        bool, typer.Option(help="Grade the UNKNOWN scores of a run once more.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Grade gold answers, which must be right, and corrupted ones, which must be wrong.
+
+    Exit code 1 where one is not, or where a replayed score is still UNKNOWN.
+    """
+    from . import check_reward as checks
+    from .run import load_run
+
+    if replay:
+        folder = Path(target)
+        found = checks.replay(folder, load_run(folder, overrides or ()))
+        report, ok = checks.replay_lines(found), all(r.now.reward is not None for r in found)
+        details = [r.to_json() for r in found]
+    else:
+        gold = checks.check_reward(load_recipe(target, overrides or ()))
+        report, ok = gold.lines(), gold.passes(0.0)
+        details = gold.to_json()
+    print(json.dumps({"ok": ok, "details": details}) if as_json else "\n".join(report))
+    if not ok:
+        raise typer.Exit(1)
+
+
 @check.command("recipe")
 def check_recipe(
     recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False

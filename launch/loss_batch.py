@@ -6,7 +6,6 @@ the optimizer step is recorded instead.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -39,6 +38,7 @@ from .config import Recipe
 from .console import PlainConsole
 from .model import resolve_model
 from .run import check_inputs, load_prompts
+from .scoring import open_scorer
 
 NUM_PROMPTS, ROLLOUTS, MAX_RESPONSE_TOKENS = 2, 4, 16
 
@@ -215,10 +215,7 @@ class Build:
         reward = self.recipe.reward
         if reward is None:
             return self.record(None)
-        from ..rewards.scorer import ProcessScorer
-
-        longest = self.recipe.rollouts.max_response_length
-        with ProcessScorer(reward, os.getcwd(), max_response_length=longest) as scorer:
+        with open_scorer(self.recipe) as scorer:
             found = self.record(scorer)
         lacking = self.lacking(found)
         if lacking is None:

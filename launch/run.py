@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 from ..algorithms import AlgorithmBase
 from ..engine.errors import ConfigError, HubError, Problem
 from ..engine.types import RolloutRequest, Sampling
-from ..rewards import resolve as resolve_reward
-from ..rewards.config import RewardConfig
 from ..rollouts.config import RolloutConfig
 from ..rollouts.readers import read_records
 from ..rollouts.records import Records
+from .check_reward import refuse_untrue
 from .config import Recipe
 from .demonstrations import check_demonstrations, check_pairs_fit
 from .model import check_model, resolve_model
+from .scoring import check_functions, open_scorer
 
 if TYPE_CHECKING:
     from .open_pool import OpenPool
@@ -53,20 +52,10 @@ def check_inputs(recipe: Recipe, unchecked: list[Problem] | None = None) -> Inpu
     with noting_silence(unchecked):
         records = read_records(recipe.data, recipe.eval.num_prompts)
     if recipe.reward is not None:
-        check_rewards(recipe.reward, records)
+        check_functions(recipe.reward, records)
     if records.train:
         check_demonstrations(algorithm, records.train, graded=recipe.reward is not None)
     return Inputs(recipe, algorithm, records)
-
-
-def check_rewards(reward: RewardConfig, records: Records) -> None:
-    """Raises ConfigError where a function that the recipe or a row names cannot be had."""
-    resolve_reward(reward.function, options=reward.options)
-    for i, part in enumerate(reward.shaping):
-        path = f"reward.shaping[{i}].function"
-        resolve_reward(part.function, path=path, options=part.options)
-    for name in {record.reward for record in records.train if record.reward} - {reward.function}:
-        resolve_reward(name)
 
 
 @contextmanager
@@ -196,12 +185,13 @@ def composed(inputs: Inputs, folder: Path, workers: OpenPool | None = None) -> I
         from ..engine.sync_proof import Tolerance
         from .console import make_console
 
+        gold: list[str] = []
         data = load_prompts(inputs, model_path)
         algorithm.use_prompts(data)
+        if scorer is not None:
+            gold = refuse_untrue(scorer, recipe.reward, inputs.records)
         pool.wait_started(stop_token_ids=[data.end_token_id])
         ranks.wait_started()
-        if scorer is not None:
-            scorer.wait_ready()
         learners = LearnerGroup(
             ranks,
             recipe.learner,
@@ -217,7 +207,7 @@ def composed(inputs: Inputs, folder: Path, workers: OpenPool | None = None) -> I
         )
         log = RunLog(folder, make_console())
         stack.callback(log.close)
-        log.console.say(str(data.report))
+        log.console.say("\n".join([str(data.report), *gold]))
         yield Parts(
             algorithm=algorithm,
             data=data,
@@ -271,14 +261,7 @@ def start_scorer(recipe: Recipe, folder: Path, stack: ExitStack) -> Any:
     """Scoring processes start in the background; a recipe without reward has none."""
     if recipe.reward is None:
         return None
-    from ..rewards.scorer import ProcessScorer
-
-    scorer = ProcessScorer(
-        recipe.reward,
-        os.getcwd(),
-        folder / "unknown_rewards.jsonl",
-        max_response_length=recipe.rollouts.max_response_length,
-    )
+    scorer = open_scorer(recipe, folder)
     stack.callback(scorer.close)
     return scorer
 
@@ -330,13 +313,13 @@ def probe_sequences(data: Any, rollouts: RolloutConfig) -> list[list[int]]:
     return sequences
 
 
-def load_run(folder: Path) -> Recipe:
+def load_run(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of an existing run folder, wherever it has been moved to."""
     from .config import load_recipe
 
     if not (folder / CONFIG_FILE).is_file():
         raise ConfigError.at("run", str(folder), f"no run there: it holds no {CONFIG_FILE}")
-    recipe = load_recipe(folder / CONFIG_FILE)
+    recipe = load_recipe(folder / CONFIG_FILE, overrides)
     place = recipe.run.model_copy(update={"name": folder.name, "dir": str(folder.parent)})
     return recipe.model_copy(update={"run": place})
 
@@ -350,12 +333,10 @@ def evaluate(recipe: Recipe, model_path: str) -> dict[str, Any]:
     inputs = check_inputs(recipe)
 
     from ..engine.metrics import evaluate_groups
-    from ..rewards.scorer import ProcessScorer
     from .cluster import ray_cluster
 
     with ExitStack() as stack:
-        longest = recipe.rollouts.max_response_length
-        scorer = ProcessScorer(recipe.reward, os.getcwd(), max_response_length=longest)
+        scorer = open_scorer(recipe)
         stack.callback(scorer.close)
         stack.enter_context(ray_cluster())
         pool = start_pool(recipe, model_path, stack)

@@ -40,6 +40,11 @@ class RewardConfig(Section):
     max_unknown_fraction: float = Field(default=0.2, ge=0, le=1)
     """Largest share of UNKNOWN scores in one step; above it the run stops."""
 
+    gold_samples: int = Field(default=16, ge=0)
+    """Prompts whose gold answer, and a corrupted one, are graded before the first step; 0: none."""
+    max_gold_failures: float = Field(default=0.1, ge=0, le=1)
+    """Share of them that may come out wrong; above it the run does not start."""
+
     @model_validator(mode="after")
     def _parts_are_different_and_plain(self) -> "RewardConfig":
         names = [self.function, *(part.function for part in self.shaping)]

@@ -1,0 +1,45 @@
+"""The recipe's reward functions: found before anything starts, and run in scoring processes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..engine.errors import ConfigError
+from ..rewards import resolve
+from ..rewards.config import RewardConfig
+from ..rollouts.records import Records
+
+if TYPE_CHECKING:
+    from ..rewards.scorer import ProcessScorer
+    from .config import Recipe
+
+UNKNOWN_FILE = "unknown_rewards.jsonl"
+
+
+def check_functions(reward: RewardConfig, records: Records) -> None:
+    """Raises ConfigError where a function that the recipe or a row names cannot be had."""
+    resolve(reward.function, options=reward.options)
+    for i, part in enumerate(reward.shaping):
+        path = f"reward.shaping[{i}].function"
+        resolve(part.function, path=path, options=part.options)
+    for name in {record.reward for record in records.train if record.reward} - {reward.function}:
+        resolve(name)
+
+
+def open_scorer(recipe: Recipe, folder: Path | None = None) -> ProcessScorer:
+    """Scoring processes, starting in the background; inputs of UNKNOWN scores are kept in `folder`.
+
+    Raises ConfigError where the recipe has no reward.
+    """
+    if recipe.reward is None:
+        raise ConfigError.at("reward", None, "required here; name one, for example math")
+    from ..rewards.scorer import ProcessScorer
+
+    return ProcessScorer(
+        recipe.reward,
+        os.getcwd(),
+        folder / UNKNOWN_FILE if folder else None,
+        max_response_length=recipe.rollouts.max_response_length,
+    )
