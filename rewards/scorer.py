@@ -57,7 +57,8 @@ class ProcessScorer:
         self._max_response_length = max_response_length or 0
         self._verifier, *self._shaping = sources(config, function)
         self._pool = ProcessPool(config, [self._verifier, *self._shaping], folder)
-        self._verdicts: dict[PartKey, Score] = {}  # on demonstrations
+        # On demonstrations, by prompt id, text and part: places change where others are dropped.
+        self._verdicts: dict[tuple[str, str, int], Score] = {}
 
     def __enter__(self) -> "ProcessScorer":
         return self
@@ -114,16 +115,20 @@ class ProcessScorer:
         """
         call = _Call(self._pool)
         texts: dict[PartKey, str] = {}
-        stored: dict[PartKey, Score] = {}
+        known: dict[PartKey, Score] = {}
         try:
             for prompt in prompts:
                 data: bytes | None = None
                 for i, demonstration in enumerate(prompt.demonstrations):
                     if demonstration.score is not None:
-                        stored[prompt.prompt_id, i, 0] = demonstration.score
+                        known[prompt.prompt_id, i, 0] = demonstration.score
                     for part in range(1 + len(self._shaping)):
                         key = (prompt.prompt_id, i, part)
-                        if key in stored or key in self._verdicts or key in texts:
+                        if key in known or key in texts:
+                            continue
+                        verdict = self._verdicts.get((prompt.prompt_id, demonstration.text, part))
+                        if verdict is not None:
+                            known[key] = verdict
                             continue
                         texts[key] = demonstration.text
                         data = data or pickled(prompt)
@@ -132,8 +137,10 @@ class ProcessScorer:
         finally:
             unknown = call.abandon()
             self._write(unknown, call, texts, "demonstration")
-        self._verdicts |= {key: s for key, s in call.scores.items() if s.reward is not None}
-        found = {**self._verdicts, **call.scores, **stored}
+        for key, score in call.scores.items():
+            if score.reward is not None:
+                self._verdicts[key[0], texts[key], key[2]] = score
+        found = {**call.scores, **known}
         return [self._with_scores(prompt, found) for prompt in prompts]
 
     def close(self) -> None:

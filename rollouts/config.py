@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from ..engine.config import Section
+from .admission_policy import AdmissionConfig
 
 
 class RolloutConfig(Section):
@@ -63,6 +64,7 @@ class DataSection(Section):
     """Wrapped around each demonstration text; `{demonstration}` and `{answer}` stand for the columns."""
     hint_template: str = "{prompt}\n\nA solution may begin like this:\n\n{hint}"
     """The user's turn where a method shows a hint: `{prompt}` stands for the turn without it."""
+    admission: AdmissionConfig = AdmissionConfig()
 
 
 class Columns(Section):

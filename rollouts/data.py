@@ -10,16 +10,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
 from ..engine.errors import DataError
 from ..engine.types import Demonstration, Prompt, Score
+from .admission import TrainRow
+from .admission_policy import Key
 from .chat import ChatFormat, ControlTokenError, PromptTooLongError
 from .config import DataConfig
+from .data_report import IDS_SHOWN, DataReport
 from .hints import HintDisplay
 from .order import ShuffledStream
 from .pieces import Pieces
@@ -33,56 +36,14 @@ TOO_LONG = "prompt longer than rollouts.max_prompt_length"
 CONTROL_TOKEN = "control token in the prompt"
 REFUSED = "refused by the chat template"
 COPY = "equal to a held-out prompt"
-IDS_SHOWN = 5
-
-
-@dataclass(frozen=True)
-class DataReport:
-    """Where every row went: `rows == kept + held_out + sum(dropped.values())`."""
-
-    rows: int
-    kept: int
-    """Training prompts."""
-    held_out: int
-    with_demonstration: int
-    """Training prompts of the expert stream."""
-    dropped: Mapping[str, int]
-    """Rows by reason."""
-    first_dropped: Mapping[str, Sequence[str]]
-    """The first ids by reason, with what was wrong."""
-    long_demonstrations: int
-    """Demonstrations of training prompts beyond max_response_length: kept, algorithms cut them."""
-    refused_demonstrations: int
-    """Demonstrations left out because they hold a control token; their prompts are kept."""
-    with_pair: int = 0
-    """Training prompts with a demonstration and a rejected response."""
-    refused_rejected: int = 0
-    """Rejected responses left out because they hold a control token."""
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.rows} rows: {self.kept} to train on ({self.with_demonstration} with a "
-            f"demonstration), {self.held_out} held out, {sum(self.dropped.values())} dropped"
-        ]
-        for reason, count in self.dropped.items():
-            lines.append(f"  {count} {reason}: {'; '.join(self.first_dropped[reason])}")
-        if self.long_demonstrations:
-            lines.append(
-                f"  {self.long_demonstrations} demonstrations exceed rollouts.max_response_length"
-            )
-        if self.refused_demonstrations:
-            lines.append(f"  {self.refused_demonstrations} demonstrations hold a control token")
-        if self.with_pair:
-            lines.append(f"  {self.with_pair} of them with a rejected response")
-        if self.refused_rejected:
-            lines.append(f"  {self.refused_rejected} rejected responses hold a control token")
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True, slots=True)
 class _Response:
     """One demonstration, encoded."""
 
+    place: int
+    """Among the row's."""
     text: str
     ids: np.ndarray
     pieces: np.ndarray
@@ -108,6 +69,8 @@ class _Encoded:
     prompt: np.ndarray
     demonstrations: tuple[_Response, ...]
     rejected: tuple[_Response, ...]
+    refused: tuple[int, ...] = ()
+    """Places of demonstrations with a control token."""
 
     @property
     def paired(self) -> bool:
@@ -125,6 +88,16 @@ class _Encoded:
             rejected=tuple(r.to_demonstration(record.origin) for r in self.rejected),
             metadata=record.metadata,
         )
+
+    def to_row(self) -> TrainRow:
+        places = tuple(response.place for response in self.demonstrations)
+        return TrainRow(self.to_prompt(), self.record.origin, places, self.refused)
+
+    def admitted(self, dropped: Collection[Key], scores: Mapping[Key, Score]) -> _Encoded:
+        name = self.record.prompt_id
+        kept = (d for d in self.demonstrations if (name, d.place) not in dropped)
+        scored = (replace(d, score=scores.get((name, d.place), d.score)) for d in kept)
+        return replace(self, demonstrations=tuple(scored))
 
 
 @dataclass
@@ -167,6 +140,11 @@ class Data:
         self.show_hint = show_hint
         self._chat = chat
         self.report = report
+        self._seed = seed
+        self._order(train)
+
+    def _order(self, train: Sequence[_Encoded]) -> None:
+        seed = self._seed
         self._train = train
         self._rows: dict[str, int] = {}
         self._experts = [i for i, row in enumerate(train) if row.demonstrations]
@@ -177,6 +155,44 @@ class Data:
             "training prompts": _digest([row.record for row in train]),
             "prompts with a demonstration": len(self._experts),
         }
+
+    def rows(self) -> Iterator[TrainRow]:
+        """Every training prompt, in the order of the data; the streams do not move."""
+        return (row.to_row() for row in self._train)
+
+    def row(self, prompt_id: str) -> TrainRow:
+        """One of them; raises DataError where there is none."""
+        return self._train[self._find(prompt_id)].to_row()
+
+    def admit(
+        self, dropped: Collection[Key], left_out: Mapping[str, str], scores: Mapping[Key, Score]
+    ) -> None:
+        """Before the first `take`: remove demonstrations by place and prompts by id (with a reason), and store scores.
+
+        Raises DataError where no training prompt is left.
+        """
+        kept = [
+            row.admitted(dropped, scores)
+            for row in self._train
+            if row.record.prompt_id not in left_out
+        ]
+        counts = Counter(self.report.dropped)
+        counts.update(left_out.values())
+        first = {reason: list(shown) for reason, shown in self.report.first_dropped.items()}
+        for prompt_id, reason in left_out.items():
+            if len(shown := first.setdefault(reason, [])) < IDS_SHOWN:
+                shown.append(prompt_id)
+        self.report = replace(
+            self.report,
+            kept=len(kept),
+            with_demonstration=sum(bool(row.demonstrations) for row in kept),
+            with_pair=sum(row.paired for row in kept),
+            dropped=dict(counts),
+            first_dropped=first,
+        )
+        if not kept:
+            raise DataError(f"no training prompt is left:\n{self.report}")
+        self._order(kept)
 
     @property
     def num_prompts(self) -> int:
@@ -216,11 +232,14 @@ class Data:
 
     def find(self, prompt_id: str) -> Prompt:
         """A training prompt by its id; raises DataError where there is none."""
+        return self._train[self._find(prompt_id)].to_prompt()
+
+    def _find(self, prompt_id: str) -> int:
         if not self._rows:
             self._rows.update((row.record.prompt_id, i) for i, row in enumerate(self._train))
         if prompt_id not in self._rows:
             raise DataError(f"no training prompt has the id {prompt_id!r}")
-        return self._train[self._rows[prompt_id]].to_prompt()
+        return self._rows[prompt_id]
 
     @property
     def vocabulary_size(self) -> int:
@@ -329,7 +348,7 @@ def _encode(
         except DataError as error:
             ledger.drop(REFUSED, record.prompt_id, error)
         else:
-            responses = []
+            responses, refused = [], []
             for i, text in enumerate(record.demonstrations):
                 # Numbers for every token: then the text is encoded whole, however long it is.
                 limit = None if record.columns else max_response
@@ -337,10 +356,12 @@ def _encode(
                     ids = chat.encode_response(prompt, text, max_length=limit)
                 except ControlTokenError:
                     ledger.refused_demonstrations += 1
+                    refused.append(i)
                 else:
                     lengths = pieces.lengths(ids[:-1])  # without the end token
                     responses.append(
                         _Response(
+                            i,
                             text,
                             np.array(ids, np.int32),
                             np.array(lengths, np.int32),
@@ -349,20 +370,21 @@ def _encode(
                         )
                     )
             rejected = tuple(_rejected(record, prompt, chat, max_response, ledger))
-            yield _Encoded(record, np.array(prompt, np.int32), tuple(responses), rejected)
+            ids = np.array(prompt, np.int32)
+            yield _Encoded(record, ids, tuple(responses), rejected, tuple(refused))
 
 
 def _rejected(
     record: Record, prompt: Sequence[int], chat: ChatFormat, max_response: int, ledger: _Ledger
 ) -> Iterable[_Response]:
-    for text in record.rejected:
+    for i, text in enumerate(record.rejected):
         try:
             ids = chat.encode_response(prompt, text, max_length=max_response)
         except ControlTokenError:
             ledger.refused_rejected += 1
         else:
             no_pieces = np.zeros(0, np.int32)
-            yield _Response(text, np.array(ids, np.int32), no_pieces, {}, None)
+            yield _Response(i, text, np.array(ids, np.int32), no_pieces, {}, None)
 
 
 def _columns(record: Record, i: int, num_tokens: int, ledger: _Ledger) -> dict[str, np.ndarray]:
