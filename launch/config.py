@@ -6,7 +6,8 @@ Each folder owns its section; this file composes them and holds the checks that 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -98,15 +99,21 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return validate(read_recipe(path, overrides))
 
 
-def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Raw:
-    """The sections as they are written, overrides applied, named after the file; not yet validated."""
-    file = find_recipe(path)
-    raw = read_yaml(file)
+def read_recipe(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Raw:
+    """The sections as they are written, overrides applied; not yet validated.
+
+    A run without a name has that of the recipe's file.
+    """
+    if isinstance(recipe, Mapping):
+        raw, name = deepcopy(dict(recipe)), {}
+    else:
+        file = find_recipe(recipe)
+        raw, name = read_yaml(file), {"name": file.stem}
     for override in overrides:
         apply_override(raw, override)
     run = raw.setdefault("run", {})
     if isinstance(run, dict):
-        run.setdefault("name", file.stem)
+        raw["run"] = {**name, **run}
     return raw
 
 

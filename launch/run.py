@@ -24,6 +24,7 @@ from .model import check_model, resolve_model
 from .scoring import check_functions, open_scorer
 
 if TYPE_CHECKING:
+    from ..engine.contracts import RewardFn
     from .open_pool import OpenPool
 
 CONFIG_FILE, SUMMARY_FILE = "config.yaml", "summary.json"
@@ -37,9 +38,15 @@ class Inputs:
     recipe: Recipe
     algorithm: AlgorithmBase
     records: Records
+    reward: RewardFn | None = None
+    """The verifier itself, where Python code passed it."""
 
 
-def check_inputs(recipe: Recipe, unchecked: list[Problem] | None = None) -> Inputs:
+def check_inputs(
+    recipe: Recipe,
+    unchecked: list[Problem] | None = None,
+    reward: RewardFn | None = None,
+) -> Inputs:
     """Everything that can be refused before a worker starts.
 
     Raises ConfigError or DataError, naming the field, the file and line, or the prompt. What a hub that does not
@@ -52,10 +59,10 @@ def check_inputs(recipe: Recipe, unchecked: list[Problem] | None = None) -> Inpu
     with noting_silence(unchecked):
         records = read_records(recipe.data, recipe.eval.num_prompts)
     if recipe.reward is not None:
-        check_functions(recipe.reward, records)
+        check_functions(recipe.reward, records, reward)
     if records.train:
         check_demonstrations(algorithm, records.train, graded=recipe.reward is not None)
-    return Inputs(recipe, algorithm, records)
+    return Inputs(recipe, algorithm, records, reward)
 
 
 @contextmanager
@@ -92,13 +99,15 @@ def train(
     overwrite: bool = False,
     resume: bool = False,
     workers: OpenPool | None = None,
+    reward: RewardFn | None = None,
 ) -> dict[str, Any]:
     """Train a recipe to its end and return what summary.json holds.
 
-    `workers` lends rollout workers that outlive this run; without it they start and end with it.
+    `workers` lends rollout workers that outlive this run; without it they start and end with it. `reward` is the
+    function that the recipe's `reward.function` names, where Python code passed one.
     """
     started = time.perf_counter()
-    inputs = check_inputs(recipe)
+    inputs = check_inputs(recipe, reward=reward)
     # Absolute: the learner's processes write into it too, wherever they were started.
     folder = (recipe.folder if resume else prepare_folder(recipe, overwrite=overwrite)).resolve()
 
@@ -165,7 +174,7 @@ def composed(inputs: Inputs, folder: Path, workers: OpenPool | None = None) -> I
     recipe, algorithm = inputs.recipe, inputs.algorithm
     model_path = resolve_model(recipe.model.path)
     with ExitStack() as stack:
-        scorer = start_scorer(recipe, folder, stack)
+        scorer = start_scorer(inputs, folder, stack)
         from .cluster import ray_cluster
 
         stack.enter_context(ray_cluster())
@@ -257,11 +266,11 @@ def coarser(one: str, other: str) -> str:
     return "float32" if one == other == "float32" else "bfloat16"
 
 
-def start_scorer(recipe: Recipe, folder: Path, stack: ExitStack) -> Any:
+def start_scorer(inputs: Inputs, folder: Path, stack: ExitStack) -> Any:
     """Scoring processes start in the background; a recipe without reward has none."""
-    if recipe.reward is None:
+    if inputs.recipe.reward is None:
         return None
-    scorer = open_scorer(recipe, folder)
+    scorer = open_scorer(inputs.recipe, folder, inputs.reward)
     stack.callback(scorer.close)
     return scorer
 

@@ -26,6 +26,18 @@ REWARDS: "dict[str, str | RewardFn]" = {
 """Built-in rewards: name -> `module:function` (imported on first use) or the function itself."""
 
 
+OBJECT = "object:"
+"""How the name of a function begins that no module holds; only Python code can pass it."""
+
+
+def object_name(function: "RewardFn") -> str:
+    """`module:function` where that is this very function, else `object:name`."""
+    name = getattr(function, "__qualname__", type(function).__name__)
+    module = getattr(function, "__module__", None) or "__main__"
+    found = getattr(sys.modules.get(module), name, None)
+    return f"{module}:{name}" if module != "__main__" and found is function else f"{OBJECT}{name}"
+
+
 def resolve(
     name: str,
     *,
@@ -63,6 +75,13 @@ def resolve(
 
 
 def _look_up(name: str, path: str) -> "RewardFn":
+    if name.startswith(OBJECT):
+        raise ConfigError.at(
+            path,
+            name,
+            "this reward was passed by Python code; pass it again: plait.train(..., reward=function) or "
+            "plait.resume(run, reward=function), or move it into a module",
+        )
     builtin = REWARDS.get(name)
     if callable(builtin):
         return builtin

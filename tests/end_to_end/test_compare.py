@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from end_to_end.command_line import plait, plait_command, read_lines, tiny_recipe, write_recipe
+from end_to_end.command_line import (
+    no_verifier,
+    plait,
+    plait_command,
+    read_lines,
+    tiny_recipe,
+    write_recipe,
+)
 
 COMMAND = (
     *("compare", "base.yaml", "--algorithms", "grpo,sft", "--budget", "tokens=150"),
@@ -19,7 +26,9 @@ COMMAND = (
 
 @pytest.fixture(scope="module")
 def compared(work_folder, tiny_model) -> tuple[Path, str]:
-    recipe = tiny_recipe(tiny_model, reward="parity:grade", loop={"steps": 20}, eval={"every": 1})
+    recipe = tiny_recipe(
+        tiny_model, reward=no_verifier("parity:grade"), loop={"steps": 20}, eval={"every": 1}
+    )
     write_recipe(work_folder, "base.yaml", recipe)
     output = plait(work_folder, *COMMAND, timeout=600).stdout
     return work_folder / "out", output

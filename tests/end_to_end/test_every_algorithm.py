@@ -8,7 +8,7 @@ from math import isfinite
 
 import pytest
 
-from end_to_end.command_line import read_lines, tiny_recipe, write_recipe
+from end_to_end.command_line import no_verifier, read_lines, tiny_recipe, write_recipe
 from plait.algorithms import ALGORITHMS
 from plait.engine.checkpoint import Checkpoints
 from plait.engine.learner import LearnerWorker, Rank, WeightRoute
@@ -126,7 +126,7 @@ def train_section(pool, tiny_model, work_folder, name, section):
         tiny_model,
         run={"name": f"every-{name}"},
         data={"path": "solutions.jsonl", "hint_template": "{prompt} {hint}"},
-        reward="parity:grade",
+        reward=no_verifier("parity:grade"),
         rollouts={"max_response_length": MAX_RESPONSE},
         loop={"steps": STEPS, "prompts_per_step": 4, "gradient_every": 1, "save_batch_every": 1},
         checkpoint={"every": 2},

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from end_to_end.command_line import (
+    no_verifier,
     plait,
     plait_command,
     processes_naming,
@@ -26,7 +27,9 @@ from end_to_end.command_line import (
 @pytest.fixture(scope="module")
 def chord_run(work_folder, tiny_model):
     """One CHORD run of three steps on one rank."""
-    recipe = tiny_recipe(tiny_model, reward="parity:grade", checkpoint={"every": 2, "keep": 1})
+    recipe = tiny_recipe(
+        tiny_model, reward=no_verifier("parity:grade"), checkpoint={"every": 2, "keep": 1}
+    )
     output = plait(work_folder, "train", write_recipe(work_folder, "chord.yaml", recipe))
     return work_folder / "runs" / "chord", output.stdout
 
@@ -135,7 +138,7 @@ def test_own_reward_and_method_from_a_folder_on_two_ranks(work_folder, tiny_mode
     (folder / "my_method.py").write_text(method_of_the_docs())
     recipe = tiny_recipe(
         tiny_model,
-        reward="rewards:my_reward",
+        reward=no_verifier("rewards:my_reward"),
         learner={
             "num_workers": 2,
             "zero_stage": 2,
@@ -218,7 +221,9 @@ def test_a_grpo_step_that_ends_in_an_error_has_a_clear_message_and_no_leftovers(
     (work_folder / "broken_reward.py").write_text(
         "def grade(prompt, completion):\n    return None\n"
     )
-    recipe = tiny_recipe(tiny_model, reward="broken_reward:grade", eval={"num_prompts": 0})
+    recipe = tiny_recipe(
+        tiny_model, reward=no_verifier("broken_reward:grade"), eval={"num_prompts": 0}
+    )
     recipe["algorithm"] = {"type": "grpo", "rollouts_per_prompt": 2}
     write_recipe(work_folder, "unknown.yaml", recipe)
     done = subprocess.run(
