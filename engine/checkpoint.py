@@ -17,7 +17,8 @@ from typing import Any
 from .config import CheckpointConfig
 from .contracts import Algorithm, DataSource, Learners
 from .errors import CheckpointError
-from .metrics import EvalResult, num_policy_steps
+from .evaluation import EvalResult
+from .metrics import num_policy_steps
 from .types import RolloutGroup, UpdateReport
 
 STATE_FILE = "state.json"

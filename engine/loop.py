@@ -17,15 +17,15 @@ from .batch import collate
 from .checkpoint import Checkpoints, RunState
 from .config import EvalConfig, LoopConfig
 from .contracts import Algorithm, DataSource, Learners, RolloutPool, Scorer
+from .evaluation import EvalResult, evaluate_groups, evaluation_requests
 from .ledger import expert_ledger, gradient_ledger, split_by_source
-from .metrics import EvalResult, RunLog, evaluate_groups, step_metrics
+from .metrics import RunLog, step_metrics
 from .probes import GradientProbe
 from .saved_batch import save_batch
 from .sync_proof import Tolerance, prove_sync
 from .types import (
     Prompt,
     RolloutGroup,
-    RolloutRequest,
     Sampling,
     StepPlan,
     TrainBatch,
@@ -226,12 +226,7 @@ def publish(parts: Parts, state: RunState) -> None:
 
 def evaluate(parts: Parts, config: EvalConfig, sampling: Sampling, state: RunState) -> EvalResult:
     """Score the held-out prompts with the current policy."""
-    limit = config.max_response_length or sampling.max_tokens
-    greedy = Sampling(max_tokens=limit, temperature=config.temperature)
-    requests = [
-        RolloutRequest(prompt, config.rollouts_per_prompt, greedy)
-        for prompt in parts.data.eval_prompts
-    ]
+    requests = evaluation_requests(parts.data.eval_prompts, config, sampling.max_tokens)
     with parts.log.phase("eval"):
         stream = parts.rollouts.generate(requests, step=state.step)
         groups = parts.scorer.score(requests, parts.log.watch(stream, requests))

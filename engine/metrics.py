@@ -9,62 +9,17 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any, Protocol
 
+from .evaluation import SUCCESS, EvalResult
 from .types import Prompt, Rollout, RolloutGroup, RolloutRequest, Source, Update, UpdateReport
 
 if TYPE_CHECKING:
     from .checkpoint import RunState
     from .sync_proof import SyncProof
-
-SUCCESS = 1.0
-"""Reward from which a rollout counts as correct in accuracy metrics."""
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """Accuracy over scored rollouts; UNKNOWN ones are counted beside, not in it."""
-
-    accuracy: float
-    low: float
-    high: float
-    """Wilson 95 % interval of the accuracy."""
-    mean_reward: float
-    num_prompts: int
-    num_scored: int
-    num_unknown: int
-    mean_response_length: float
-
-
-def evaluate_groups(groups: Sequence[RolloutGroup]) -> EvalResult:
-    rewards = [reward for group in groups for reward in group.rewards]
-    total = sum(len(group.scores) for group in groups)
-    if not rewards:
-        raise ValueError(f"evaluation has no known score: all {total} are UNKNOWN")
-    correct = sum(reward >= SUCCESS for reward in rewards)
-    low, high = wilson_interval(correct, len(rewards))
-    lengths = [len(rollout.token_ids) for group in groups for rollout in group.rollouts]
-    return EvalResult(
-        accuracy=correct / len(rewards),
-        low=low,
-        high=high,
-        mean_reward=fmean(rewards),
-        num_prompts=len(groups),
-        num_scored=len(rewards),
-        num_unknown=total - len(rewards),
-        mean_response_length=fmean(lengths),
-    )
-
-
-def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson, 1927)."""
-    p = successes / n
-    center = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return max(0.0, center - half), min(1.0, center + half)
 
 
 def step_metrics(
@@ -247,7 +202,7 @@ class RunLog:
         times = {f"time/{name}": seconds for name, seconds in self._step_seconds.items()}
         row = {**metrics, **self._sync, **times, "time/step": elapsed}
         if groups:
-            self._write_rollouts(f"step-{state.step:06d}.jsonl", groups)
+            write_rollouts(self.folder / "rollouts" / f"step-{state.step:06d}.jsonl", groups)
         self._write(state.step, row)
         self.console.step(state.step, row)
         state.seconds = dict(self.seconds)
@@ -257,8 +212,11 @@ class RunLog:
     def evaluated(
         self, state: RunState, groups: Sequence[RolloutGroup], result: EvalResult
     ) -> None:
-        self._write_rollouts(f"eval-{state.step:06d}.jsonl", groups)
-        self._write(state.step, {f"eval/{name}": value for name, value in asdict(result).items()})
+        write_rollouts(self.folder / "rollouts" / f"eval-{state.step:06d}.jsonl", groups)
+        numbers = asdict(result)
+        pass_at = numbers.pop("pass_at")
+        row = {f"eval/{name}": value for name, value in numbers.items()}
+        self._write(state.step, row | {f"eval/pass@{k}": value for k, value in pass_at.items()})
         self.console.say(
             f"eval after {state.step} steps: accuracy {result.accuracy:.3f} "
             f"[{result.low:.3f}, {result.high:.3f}] on {result.num_scored} scored, "
@@ -292,27 +250,29 @@ class RunLog:
             self._board.add_scalar(name, value, step)
         self._board.flush()
 
-    def _write_rollouts(self, name: str, groups: Sequence[RolloutGroup]) -> None:
-        with (self.folder / "rollouts" / name).open("w") as file:
-            for group in groups:
-                for rollout, score in zip(group.rollouts, group.scores, strict=True):
-                    row = {
-                        "prompt_id": rollout.prompt_id,
-                        "index": rollout.index,
-                        "policy_version": rollout.policy_version,
-                        "finish_reason": rollout.finish_reason,
-                        "prefix_len": rollout.prefix_len,
-                        "length": len(rollout.token_ids),
-                        "messages": [dict(m) for m in group.prompt.messages],
-                        "answer": group.prompt.answer,
-                        "text": rollout.text,
-                        "status": score.status.value,
-                        "reward": score.reward,
-                        "shaping": score.shaping,
-                        "parts": dict(score.parts),
-                        "reason": score.reason,
-                    }
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+def write_rollouts(path: Path, groups: Sequence[RolloutGroup]) -> None:
+    """One JSON object a rollout: what was asked, said and scored."""
+    with path.open("w") as file:
+        for group in groups:
+            for rollout, score in zip(group.rollouts, group.scores, strict=True):
+                row = {
+                    "prompt_id": rollout.prompt_id,
+                    "index": rollout.index,
+                    "policy_version": rollout.policy_version,
+                    "finish_reason": rollout.finish_reason,
+                    "prefix_len": rollout.prefix_len,
+                    "length": len(rollout.token_ids),
+                    "messages": [dict(m) for m in group.prompt.messages],
+                    "answer": group.prompt.answer,
+                    "text": rollout.text,
+                    "status": score.status.value,
+                    "reward": score.reward,
+                    "shaping": score.shaping,
+                    "parts": dict(score.parts),
+                    "reason": score.reason,
+                }
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def line_step(line: str) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..engine.errors import ConfigError, DataError, RewardError
-from ..engine.metrics import SUCCESS
+from ..engine.evaluation import SUCCESS
 from ..engine.types import Demonstration, Prompt, Rollout, RolloutRequest, Sampling, Score
 from ..rewards.config import RewardConfig
 from ..rollouts.records import Record, Records

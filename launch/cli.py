@@ -96,9 +96,15 @@ def compare(
 def evaluate(
     target: Annotated[str, typer.Argument(help="A run folder (its export), or a recipe.")],
     overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Write completions and scores here, as JSON lines.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Score a model on the held-out prompts: a run's export, or the model a recipe names."""
+    """Score a model on the held-out prompts: a run's export, or the model a recipe names.
+
+    Several answers a prompt give pass@k: eval.rollouts_per_prompt=8 eval.temperature=1.
+    """
     from .model import resolve_model
     from .run import check_inputs, load_run
     from .run import evaluate as run
@@ -107,11 +113,12 @@ def evaluate(
         model = Path(target) / "export"
         if not model.is_dir():
             raise ConfigError.at("run", target, f"it has no {model}; run `plait export {target}`")
-        result = run(load_run(Path(target)), str(model.resolve()))
+        loaded = load_run(Path(target), overrides or ())
+        result = run(loaded, str(model.resolve()), output)
     else:
         recipe = load_recipe(target, overrides or ())
         check_inputs(recipe)
-        result = run(recipe, resolve_model(recipe.model.path))
+        result = run(recipe, resolve_model(recipe.model.path), output)
     if as_json:
         print(json.dumps(result))
     else:
@@ -119,6 +126,7 @@ def evaluate(
             f"accuracy {result['accuracy']:.3f} [{result['low']:.3f}, {result['high']:.3f}], "
             f"mean reward {result['mean_reward']:.3f}, {result['num_scored']} scored, {result['num_unknown']} unknown"
         )
+        print("".join(f"pass@{k} {value:.3f}  " for k, value in result["pass_at"].items()).strip())
 
 
 @app.command()

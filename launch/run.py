@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..algorithms import AlgorithmBase
 from ..engine.errors import ConfigError, HubError, Problem
-from ..engine.types import RolloutRequest, Sampling
 from ..rollouts.config import RolloutConfig
 from ..rollouts.readers import read_records
 from ..rollouts.records import Records
@@ -333,15 +332,19 @@ def load_run(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe.model_copy(update={"run": place})
 
 
-def evaluate(recipe: Recipe, model_path: str) -> dict[str, Any]:
-    """Greedy (or sampled) accuracy of a model on the recipe's held-out prompts; no learner is started."""
+def evaluate(recipe: Recipe, model_path: str, output: Path | None = None) -> dict[str, Any]:
+    """Greedy (or sampled) accuracy of a model on the recipe's held-out prompts; no learner is started.
+
+    The completions and their scores go into `output`, one JSON object a line.
+    """
     if recipe.reward is None or recipe.eval.num_prompts == 0:
         raise ConfigError.at(
             "eval.num_prompts", recipe.eval.num_prompts, "evaluation needs prompts and a reward"
         )
     inputs = check_inputs(recipe)
 
-    from ..engine.metrics import evaluate_groups
+    from ..engine.evaluation import evaluate_groups, evaluation_requests
+    from ..engine.metrics import write_rollouts
     from .cluster import ray_cluster
 
     with ExitStack() as stack:
@@ -351,13 +354,12 @@ def evaluate(recipe: Recipe, model_path: str) -> dict[str, Any]:
         pool = start_pool(recipe, model_path, stack)
         data = load_prompts(inputs, model_path)
         pool.wait_started(stop_token_ids=[data.end_token_id])
-        limit = recipe.eval.max_response_length or recipe.rollouts.max_response_length
-        sampling = Sampling(limit, recipe.eval.temperature)
-        requests = [
-            RolloutRequest(prompt, recipe.eval.rollouts_per_prompt, sampling)
-            for prompt in data.eval_prompts
-        ]
+        longest = recipe.rollouts.max_response_length
+        requests = evaluation_requests(data.eval_prompts, recipe.eval, longest)
         groups = scorer.score(requests, pool.generate(requests, step=0))
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_rollouts(output, groups)
     return {"model": model_path, **asdict(evaluate_groups(groups))}
 
 

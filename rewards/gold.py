@@ -13,7 +13,7 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-from ..engine.metrics import SUCCESS
+from ..engine.evaluation import SUCCESS
 from ..engine.types import Prompt, Rollout, RolloutRequest, Sampling, Score
 from .scorer import ProcessScorer
 

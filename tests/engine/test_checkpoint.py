@@ -11,7 +11,7 @@ import pytest
 from plait.engine.checkpoint import STATE_FILE, Checkpoints, RunState
 from plait.engine.config import CheckpointConfig
 from plait.engine.errors import CheckpointError
-from plait.engine.metrics import EvalResult
+from plait.engine.evaluation import EvalResult
 from plait.engine.types import UpdateReport
 
 

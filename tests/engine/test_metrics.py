@@ -7,10 +7,8 @@ import pytest
 from plait.engine.checkpoint import RunState
 from plait.engine.metrics import (
     RunLog,
-    evaluate_groups,
     report_metrics,
     rollout_metrics,
-    wilson_interval,
 )
 from plait.engine.types import Prompt, Rollout, RolloutGroup, Score, UpdateReport
 from plait.launch.console import PlainConsole
@@ -25,23 +23,6 @@ def group(*rewards, prompt=PROMPT):
     ]
     scores = [Score.unknown("slow") if r is None else Score.ok(r, {"form": r / 2}) for r in rewards]
     return RolloutGroup(prompt, tuple(rollouts), tuple(scores))
-
-
-def test_accuracy_is_over_known_scores():
-    result = evaluate_groups([group(1.0, None), group(0.0, 1.0)])
-    assert result.accuracy == pytest.approx(2 / 3)
-    assert (result.num_scored, result.num_unknown, result.num_prompts) == (3, 1, 2)
-    assert result.low < 2 / 3 < result.high
-
-
-def test_an_evaluation_without_any_score_is_an_error():
-    with pytest.raises(ValueError, match="no known score"):
-        evaluate_groups([group(None)])
-
-
-def test_wilson_interval_is_the_textbook_one():
-    assert wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert wilson_interval(0, 10)[0] == 0
 
 
 def test_rollout_metrics():
