@@ -63,6 +63,8 @@ class Prompt:
     rejected: tuple[Demonstration, ...] = ()
     """Responses that pairwise expert losses hold against the first demonstration."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    part: str = ""
+    """Part of a data mixture that it was drawn from; "" where the data is not mixed."""
 
 
 @dataclass(frozen=True, slots=True)

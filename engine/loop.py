@@ -73,6 +73,7 @@ def train(config: LoopConfig, evaluation: EvalConfig, sampling: Sampling, parts:
         # 2. Experience in one or several rounds, scored while it streams in. A supervised step has none.
         rounds = rollout_rounds(parts, plan, prompts, step)
         groups = [group for round_ in rounds for group in round_]
+        data.observe(groups)
 
         # 3. Learning signal: rows with source, advantage and weight per token.
         updates = algorithm.assemble(plan, groups, step)
@@ -92,7 +93,7 @@ def train(config: LoopConfig, evaluation: EvalConfig, sampling: Sampling, parts:
         asked = [*prompts, *experts]
         ledger |= expert_ledger(algorithm, asked, groups, updates, step, sampling.max_tokens)
         metrics = step_metrics(state, rounds, updates, reports, algorithm.metrics())
-        log.step(state, groups, metrics | ledger)
+        log.step(state, groups, metrics | ledger | dict(data.metrics()))
         if due(state.step, config.save_batch_every):
             name = f"step-{state.step:06d}.json"
             save_batch(log.folder / "batches" / name, step, asked, groups)

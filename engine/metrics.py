@@ -84,6 +84,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     }
     if rewards:
         metrics |= {"reward/mean": fmean(rewards), "reward/std": pstdev(rewards)}
+    metrics |= part_metrics(first.values())
     if scored := [group.rewards for group in first.values() if group.rewards]:
         metrics |= {
             "groups/all_correct": fmean(min(r) >= SUCCESS for r in scored),
@@ -97,6 +98,20 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
                 parts.setdefault(name, []).append(value)
     metrics |= {f"reward/part/{name}": fmean(values) for name, values in parts.items()}
     return metrics | demonstration_metrics([group.prompt for group in first.values()])
+
+
+def part_metrics(groups: Iterable[RolloutGroup]) -> dict[str, float]:
+    """Prompts and mean reward of each part of a data mixture; empty where the data is not mixed."""
+    found: dict[str, float] = {}
+    parts: dict[str, list[RolloutGroup]] = {}
+    for group in groups:
+        if group.prompt.part:
+            parts.setdefault(group.prompt.part, []).append(group)
+    for name, mine in sorted(parts.items()):
+        found[f"mixture/prompts/{name}"] = len(mine)
+        if rewards := [reward for group in mine for reward in group.rewards]:
+            found[f"mixture/reward/{name}"] = fmean(rewards)
+    return found
 
 
 def demonstration_metrics(prompts: Sequence[Prompt]) -> dict[str, float]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
+
+import numpy as np
 
 from ..algorithms import AlgorithmBase
 from ..algorithms.expert_base import ExpertLossBase
@@ -11,6 +14,7 @@ from ..algorithms.stages import Stages
 from ..engine.errors import ConfigError, DataError
 from ..engine.types import TOKEN_COLUMNS
 from ..rollouts.records import Record
+from ..rollouts.split import pick
 
 IDS_SHOWN = 3
 COMPUTABLE = frozenset({"ref_logprobs"})
@@ -38,21 +42,22 @@ def check_demonstrations(
         )
     if "demonstrations" not in needs:
         return
-    without = [record.prompt_id for record in records if not record.demonstrations]
+    shown = with_demonstration(records)
     name = algorithm.config.type
-    if len(without) == len(records):
+    if not len(shown):
         raise DataError(
             f"algorithm.type = {name!r} trains demonstrations, but none of the {len(records)} data rows has one; "
             "fill the demonstration column (data.columns.demonstration, or data.demonstrations), "
             "or choose an algorithm without them, for example grpo"
         )
-    if algorithm.every_prompt_demonstrated and without:
+    if algorithm.every_prompt_demonstrated and len(shown) < len(records):
+        without = (record.prompt_id for record in records if not record.demonstrations)
         raise DataError(
-            f"algorithm.type = {name!r} trains the demonstration of every prompt, but {len(without)} of {len(records)} "
-            f"data rows have none, for example {', '.join(map(repr, without[:IDS_SHOWN]))}; remove those rows"
+            f"algorithm.type = {name!r} trains the demonstration of every prompt, but {len(records) - len(shown)} of "
+            f"{len(records)} data rows have none, for example {', '.join(map(repr, islice(without, IDS_SHOWN)))}; "
+            "remove those rows"
         )
     if algorithm.expert_loss is not None:
-        shown = [record for record in records if record.demonstrations]
         check_expert_loss(algorithm.expert_loss, shown, graded=graded)
 
 
@@ -84,12 +89,20 @@ def check_pairs_fit(algorithm: AlgorithmBase, data: Any, max_response: int, budg
         )
 
 
+def with_demonstration(records: Sequence[Record]) -> Sequence[Record]:
+    """Those that have one; they stay where they are, so that data larger than memory can be checked."""
+    has = np.fromiter((bool(record.demonstrations) for record in records), bool, len(records))
+    return pick(records, np.flatnonzero(has))
+
+
 def check_expert_loss(loss: ExpertLossBase, records: Sequence[Record], *, graded: bool) -> None:
     """Refuse rows that lack a column or a score that the expert loss reads."""
     reader = f"expert_loss.type = {loss.kind!r}"
     check_columns(reader, loss.needs, records)
+    if "demonstration_scores" not in loss.needs or graded:
+        return
     unscored = [r.prompt_id for r in records if not r.scores or None in r.scores]
-    if "demonstration_scores" in loss.needs and unscored and not graded:
+    if unscored:
         raise DataError(
             f"{reader} reads the score of each demonstration, but {len(unscored)} of {len(records)} rows with a "
             f"demonstration have none, for example {', '.join(map(repr, unscored[:IDS_SHOWN]))}; fill the column "
@@ -101,8 +114,10 @@ def check_columns(reader: str, needs: frozenset[str], records: Sequence[Record])
     """Raises DataError naming every column that `reader` needs and some demonstration lacks."""
     problems = []
     for column in TOKEN_COLUMNS:
+        if column not in needs - COMPUTABLE:
+            continue
         lacking = [record.prompt_id for record in records if not has_column(record, column)]
-        if column in needs - COMPUTABLE and lacking:
+        if lacking:
             problems.append(
                 f"  {column}: {len(lacking)} of {len(records)} rows with a demonstration lack it, for example "
                 f"{', '.join(map(repr, lacking[:IDS_SHOWN]))}"

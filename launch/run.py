@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .open_pool import OpenPool
 
 CONFIG_FILE, SUMMARY_FILE = "config.yaml", "summary.json"
+QUARANTINE_FILE = "quarantine.jsonl"
 NUM_PROBES = 2
 
 
@@ -142,8 +143,8 @@ def summarize(
         "steps": state.step,
         "ended_by": end_reason(recipe.loop, state),
         "step_seconds": round(state.step_seconds, 3),
-        "prompts": streams["prompts"],
-        "expert_stream": streams["experts"],
+        "prompts": sum(streams["prompts"]["drawn"]),
+        "expert_stream": sum(streams["experts"]["drawn"]),
         "optimizer_steps": state.optimizer_steps,
         "eval_before": asdict(state.eval_before) if state.eval_before else None,
         "eval_after": asdict(state.eval_after) if state.eval_after else None,
@@ -194,7 +195,7 @@ def composed(inputs: Inputs, folder: Path, workers: OpenPool | None = None) -> I
         from .console import make_console
 
         gold: list[str] = []
-        data = load_prompts(inputs, model_path)
+        data = load_prompts(inputs, model_path, folder / QUARANTINE_FILE)
         algorithm.use_prompts(data)
         if scorer is not None:
             gold = refuse_untrue(scorer, recipe.reward, inputs.records)
@@ -274,7 +275,8 @@ def start_scorer(inputs: Inputs, folder: Path, stack: ExitStack) -> Any:
     return scorer
 
 
-def load_prompts(inputs: Inputs, model_path: str) -> Any:
+def load_prompts(inputs: Inputs, model_path: str, quarantine: Path | None = None) -> Any:
+    """The data, tokenized and ordered; rows that it drops are written to `quarantine`."""
     from transformers import AutoTokenizer
 
     from ..rollouts.data import load_data
@@ -287,6 +289,8 @@ def load_prompts(inputs: Inputs, model_path: str) -> Any:
         max_prompt_length=recipe.rollouts.max_prompt_length,
         max_response_length=recipe.rollouts.max_response_length,
         records=inputs.records,
+        total_prompts=recipe.loop.steps * recipe.loop.prompts_per_step,
+        quarantine=quarantine,
     )
     check_pairs_fit(
         inputs.algorithm,
@@ -294,14 +298,7 @@ def load_prompts(inputs: Inputs, model_path: str) -> Any:
         recipe.rollouts.max_response_length,
         recipe.learner.max_tokens_per_micro_batch,
     )
-    for path, wanted, there in (
-        ("loop.prompts_per_step", recipe.loop.prompts_per_step, data.num_prompts),
-        ("algorithm.expert_rows_per_step", most_expert_rows(inputs), data.num_experts),
-    ):
-        if wanted > there:
-            raise ConfigError.at(
-                path, wanted, f"only {there} such prompts are left:\n{data.report}"
-            )
+    data.check_step(recipe.loop.prompts_per_step, most_expert_rows(inputs))
     return data
 
 

@@ -34,7 +34,7 @@ def check_functions(
     for i, part in enumerate(reward.shaping):
         path = f"reward.shaping[{i}].function"
         resolve(part.function, path=path, options=part.options)
-    for name in {record.reward for record in records.train if record.reward} - {reward.function}:
+    for name in records.rewards - {reward.function}:
         resolve(name)
 
 

@@ -1,8 +1,10 @@
-"""The recipe's `rollouts` and `data` sections."""
+"""The recipe's `rollouts` section, and `data`: what rows are read, and how a run draws from them (docs/data.md)."""
 
+from collections import Counter
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from ..engine.config import Section
 from .admission_policy import AdmissionConfig
@@ -52,19 +54,80 @@ class RolloutConfig(Section):
         return 0.5 if self.weight_sync == "ipc" else 1.0
 
 
-class DataSection(Section):
-    """Fields of every kind of data set."""
+class ShuffledSampling(Section):
+    """Epochs, each in another order."""
+
+    type: Literal["shuffled"]
+
+
+class DifficultySampling(Section):
+    """Prompts near a success rate are drawn more often; the rate is that of the run's own rollouts."""
+
+    type: Literal["difficulty"]
+    target_rate: float = Field(default=0.5, gt=0, lt=1)
+    """Share of correct rollouts at which a prompt is drawn most."""
+    memory: float = Field(default=0.5, ge=0, lt=1)
+    """Weight of the earlier groups in a prompt's running success rate; 0: the newest group alone."""
+    min_weight: float = Field(default=0.05, gt=0, le=1)
+    """Of prompts that are far from the target, against 1 at the target and for prompts never seen."""
+
+
+class CurriculumSampling(Section):
+    """From easy to hard, by the column `data.columns.difficulty`."""
+
+    type: Literal["curriculum"]
+    start: float = Field(default=0.2, gt=0, le=1)
+    """Share of the rows, the easiest, that the first step draws from; it grows to all of them over loop.steps."""
+    window: float | None = Field(default=None, gt=0, le=1)
+    """Draw only from this share of the rows: the hardest of those reached. null: from all rows reached."""
+
+
+SamplingConfig = Annotated[
+    ShuffledSampling | DifficultySampling | CurriculumSampling, Field(discriminator="type")
+]
+
+
+class FilterConfig(Section):
+    """Prompts that teach nothing any more are not drawn."""
+
+    solved_after: int | None = Field(default=None, ge=1)
+    """Visits in a row with all rollouts correct until a prompt is retired; null: never."""
+    hopeless_after: int | None = Field(default=None, ge=1)
+    """Visits in a row with all rollouts wrong until a prompt is retired; null: never."""
+    retry_every: int | None = Field(default=None, ge=1)
+    """Epochs until a hopeless prompt is tried again; null: it stays retired."""
+
+    @model_validator(mode="after")
+    def _filters_something(self) -> "FilterConfig":
+        if self.solved_after is None and self.hopeless_after is None:
+            raise ValueError("filters nothing; set solved_after or hopeless_after, or leave it out")
+        if self.retry_every is not None and self.hopeless_after is None:
+            raise ValueError("retry_every concerns hopeless prompts; set hopeless_after too")
+        return self
+
+
+class DrawSection(Section):
+    """How a run draws prompts, whatever they are read from."""
 
     seed: int = 0
     """Orders prompts and draws the held-out split; independent of run.seed."""
+    hint_template: str = "{prompt}\n\nA solution may begin like this:\n\n{hint}"
+    """The user's turn where a method shows a hint: `{prompt}` stands for the turn without it."""
+    sampling: SamplingConfig = ShuffledSampling(type="shuffled")
+    """Which training prompts come next; the expert stream is always shuffled."""
+    filter: FilterConfig | None = None
+    """null: every prompt is drawn for ever."""
+    admission: AdmissionConfig = AdmissionConfig()
+
+
+class WordsSection(Section):
+    """How rows become conversations."""
+
     system_prompt: str | None = None
     prompt_template: str = "{prompt}"
     """Wrapped around each prompt text; `{prompt}` stands for it."""
     demonstration_template: str = "{demonstration}"
     """Wrapped around each demonstration text; `{demonstration}` and `{answer}` stand for the columns."""
-    hint_template: str = "{prompt}\n\nA solution may begin like this:\n\n{hint}"
-    """The user's turn where a method shows a hint: `{prompt}` stands for the turn without it."""
-    admission: AdmissionConfig = AdmissionConfig()
 
 
 class Columns(Section):
@@ -94,37 +157,119 @@ class Columns(Section):
     """Attention mass from each token to the prompt, between 0 and 1."""
     reward: str = "reward"
     """Name of the row's reward; absent: the recipe's `reward`."""
+    difficulty: str = "difficulty"
+    """A number, larger is harder: what `sampling: curriculum` orders by. Anything else counts as absent."""
     metadata: str = "metadata"
     id: str = "id"
 
 
-class ReasoningGymData(DataSection):
+class ReasoningGymRows(WordsSection):
     type: Literal["reasoning_gym"]
     dataset: str
     """Name in reasoning-gym's registry, for example chain_sum."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Arguments of that data set's own config."""
     size: int = Field(default=2000, ge=1)
-    """Training problems generated; problems equal to a held-out one are left out."""
+    """Training problems generated, and held in memory; problems equal to a held-out one are left out."""
     demonstrations: Literal["answer", "solution", "none"] = "answer"
     """answer: the item's answer; solution: its written solution (`metadata["answer_cot"]`), where it has one."""
 
 
-class JsonlData(DataSection):
-    type: Literal["jsonl"]
+class TableSection(WordsSection):
+    """Rows that somebody wrote, with columns."""
+
     path: str
     columns: Columns = Columns()
     max_rows: int | None = Field(default=None, ge=1)
+    bad_rows: Literal["refuse", "drop"] = "refuse"
+    """A row that cannot be read: refuse the data and list such rows, or drop them, counted by reason and written to
+    quarantine.jsonl."""
 
 
-class HuggingFaceData(DataSection):
+class JsonlRows(TableSection):
+    type: Literal["jsonl"]
+
+
+class HuggingFaceRows(TableSection):
     type: Literal["huggingface"]
     path: str
-    """Hub id, or a local folder or file that `datasets.load_dataset` reads."""
+    """Hub id, or a local folder or file (parquet, csv, tsv, json, jsonl, arrow) that `datasets` reads."""
     name: str | None = None
     split: str = "train"
-    columns: Columns = Columns()
-    max_rows: int | None = Field(default=None, ge=1)
 
 
-DataConfig = Annotated[ReasoningGymData | JsonlData | HuggingFaceData, Field(discriminator="type")]
+class ReasoningGymData(ReasoningGymRows, DrawSection):
+    pass
+
+
+class JsonlData(JsonlRows, DrawSection):
+    pass
+
+
+class HuggingFaceData(HuggingFaceRows, DrawSection):
+    pass
+
+
+FILE_KINDS = {
+    "parquet": "parquet",
+    "csv": "csv",
+    "tsv": "tsv",
+    "json": "json",
+    "arrow": "arrow",
+    "hf": "parquet",
+}
+
+
+def _refuse_file_kinds(value: Any) -> Any:
+    """A file's suffix is a likely guess for `type`; the answer is one line."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind in FILE_KINDS:
+        raise ValueError(
+            f"there is no type {kind!r}; did you mean `type: huggingface` with `path: ROWS.{FILE_KINDS[kind]}`?"
+        )
+    return value
+
+
+RowsConfig = Annotated[
+    Annotated[ReasoningGymRows | JsonlRows | HuggingFaceRows, Field(discriminator="type")],
+    BeforeValidator(_refuse_file_kinds),
+]
+
+
+class MixturePart(Section):
+    weight: float = Field(gt=0)
+    """Share of the drawn prompts, against the other parts' weights."""
+    data: RowsConfig
+    name: str | None = Field(default=None, pattern=r"^[\w.-]+$")
+    """Begins the part's prompt ids and ends its metrics; null: the data set's or file's own name."""
+    reward: str | None = None
+    """Reward of the part's rows that name none; null: the recipe's."""
+
+    @property
+    def label(self) -> str:
+        if self.name is not None:
+            return self.name
+        data = self.data
+        return data.dataset if isinstance(data, ReasoningGymRows) else PurePath(data.path).stem
+
+
+class MixtureData(DrawSection):
+    type: Literal["mixture"]
+    parts: list[MixturePart] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "MixtureData":
+        twice = [name for name, n in Counter(part.label for part in self.parts).items() if n > 1]
+        if twice:
+            raise ValueError(
+                f"{len(twice)} names stand for several parts ({', '.join(twice)}); give each a `name`"
+            )
+        return self
+
+
+DataConfig = Annotated[
+    Annotated[
+        ReasoningGymData | JsonlData | HuggingFaceData | MixtureData, Field(discriminator="type")
+    ],
+    BeforeValidator(_refuse_file_kinds),
+]

@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from hashlib import blake2b
 
+import numpy as np
+
 ROUNDS = 8
 
 
@@ -73,6 +75,10 @@ class ShuffledStream:
         self._name = name
         self._epoch: tuple[int, Permutation] | None = None
 
+    @property
+    def epoch(self) -> int:
+        return self.position // self.n
+
     def row_at(self, position: int) -> int:
         epoch, offset = divmod(position, self.n)
         if self._epoch is None or self._epoch[0] != epoch:
@@ -80,11 +86,22 @@ class ShuffledStream:
             self._epoch = (epoch, Permutation(self.n, key))
         return self._epoch[1](offset)
 
-    def take(self, count: int) -> list[int]:
-        """The next `count` rows, all different; raises ValueError where count is more than n."""
-        if not 0 <= count <= self.n:
-            raise ValueError(f"cannot take {count} different rows of {self.n}")
-        left = self.n - self.position % self.n
-        start = self.position if count <= left else self.position + left
-        self.position = start + count
-        return [self.row_at(position) for position in range(start, self.position)]
+    def take(self, count: int, allowed: np.ndarray | None = None) -> list[int]:
+        """The next `count` rows, all different, passing over those that are not `allowed` (bool [n]).
+
+        Raises ValueError where count is more than there are.
+        """
+        there = self.n if allowed is None else int(allowed.sum())
+        if not 0 <= count <= there:
+            raise ValueError(f"cannot take {count} different rows of {there}")
+        if allowed is None and count > self.n - self.position % self.n:
+            self.position += self.n - self.position % self.n
+        rows: list[int] = []
+        while len(rows) < count:
+            row = self.row_at(self.position)
+            self.position += 1
+            if allowed is None or allowed[row]:
+                rows.append(row)
+            if len(rows) < count and self.position % self.n == 0:
+                rows.clear()  # the epoch's tail
+        return rows

@@ -6,21 +6,29 @@ second. Where the rows come from is in `readers.py`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
-from ..engine.errors import ConfigError, DataError, Problem
+from ..engine.errors import ConfigError, Problem
 from ..engine.types import TOKEN_COLUMNS
-from .config import Columns, DataSection, HuggingFaceData, JsonlData
-from .order import Permutation, derive_key
+from .bad_rows import BadRows
+from .config import Columns, TableSection, WordsSection
+from .rows import (
+    CONTRADICTORY,
+    EMPTY,
+    MAX_DETAIL,
+    MISSING,
+    NOT_TEXT,
+    WRONG_TYPE,
+    RowError,
+)
 
-MAX_ERRORS_SHOWN = 20
+MAX_ID = 500
+TOO_LONG_ID = f"id longer than {MAX_ID} characters"
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 Message = Mapping[str, str]
@@ -46,58 +54,53 @@ class Record:
     rejected: tuple[str, ...] = ()
     columns: Mapping[str, tuple[tuple[float, ...] | None, ...]] = field(default_factory=dict)
     """By name, the numbers of each demonstration's tokens; None for a demonstration without them."""
+    difficulty: float | None = None
+    part: str = ""
+    """Name of the part of a mixture."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Records of a mixture that are drawn by one weight; they lie together."""
+
+    name: str
+    weight: float
+    num_train: int
 
 
 @dataclass(frozen=True, slots=True)
 class Records:
-    """A data set after the split: no training problem has the text of a held-out one."""
+    """A data set after the split: no training problem has the text of a held-out one.
+
+    The sequences may read each record anew from disk: go through them once rather than often, and hold on to nothing.
+    """
 
     train: Sequence[Record]
     held_out: Sequence[Record]
-    copies: Sequence[str] = ()
-    """Ids of training problems removed because their text equals a held-out one."""
-
-
-class RowError(ValueError):
-    """What is wrong with one row; the reader adds where it is."""
-
-
-class BadRows:
-    """Collects bad rows, so that one error lists many of them."""
-
-    def __init__(self, source: str) -> None:
-        self._source = source
-        self._problems: list[str] = []
-
-    def add(self, where: str, problem: RowError | str) -> None:
-        self._problems.append(f"  {where}: {problem}")
-
-    def raise_if_any(self) -> None:
-        count = len(self._problems)
-        if not count:
-            return
-        lines = [f"{self._source}: {count} bad row{'s' * (count > 1)}"]
-        lines += self._problems[:MAX_ERRORS_SHOWN]
-        if count > MAX_ERRORS_SHOWN:
-            lines.append(f"  ... and {count - MAX_ERRORS_SHOWN} more")
-        raise DataError("\n".join(lines))
+    copies: Sequence[Record] = ()
+    """Training problems left out because their text equals a held-out one."""
+    parts: tuple[Part, ...] = ()
+    """Of a mixture, in the order of `train`; () where there is one data set."""
+    bad: tuple[BadRows, ...] = ()
+    """Rows that cannot be read and were dropped, by data set."""
+    rewards: frozenset[str] = frozenset()
+    """Names of rewards that training records bring along."""
 
 
 class RowParser:
     """Maps the columns of a JSONL or Hugging Face row to a Record."""
 
-    def __init__(self, config: JsonlData | HuggingFaceData, source: str) -> None:
+    def __init__(self, config: TableSection, source: str) -> None:
         check_templates(config)
         self._config = config
         self._columns = config.columns
         self._source = source
-        self._ids: dict[str, str] = {}
         self._present: set[str] = set()
 
-    def parse(self, row: object, number: int, where: str) -> Record:
+    def parse(self, row: object, number: int) -> Record:
         """Raises RowError naming the column."""
         if not isinstance(row, dict):
-            raise RowError(f"a row must be an object, not {_kind(row)}")
+            raise RowError(WRONG_TYPE, f"a row must be an object, not {_kind(row)}")
         columns = self._columns
         row = with_nested(row, columns)
         self._present.update(row)
@@ -106,7 +109,8 @@ class RowParser:
         texts = _texts(row.get(columns.demonstration), columns.demonstration)
         if reply is not None and texts:
             raise RowError(
-                f"both {columns.demonstration!r} and a last assistant message: keep one of them"
+                CONTRADICTORY,
+                f"both {columns.demonstration!r} and a last assistant message: keep one of them",
             )
         if reply is not None:
             texts = (reply,)
@@ -114,7 +118,7 @@ class RowParser:
             row.get(columns.demonstration_score), columns.demonstration_score, len(texts)
         )
         record = Record(
-            prompt_id=self._new_id(row.get(columns.id), number, where),
+            prompt_id=self._id(row.get(columns.id), number),
             messages=with_system_prompt(messages, self._config),
             answer=answer,
             demonstrations=tuple(write_demonstration(t, answer, self._config) for t in texts),
@@ -124,17 +128,20 @@ class RowParser:
             reward=_optional_text(row.get(columns.reward), columns.reward),
             metadata=_metadata(row.get(columns.metadata), columns.metadata),
             origin=self._source,
+            difficulty=_difficulty(row.get(columns.difficulty)),
         )
         check_encodable(record)
         return record
 
     def check_columns(self) -> None:
         """A column that the recipe names but no row has is a typing error, not an absent value."""
+        shown = ", ".join(sorted(self._present))
+        shown = shown if len(shown) <= MAX_DETAIL else f"{shown[:MAX_DETAIL]}..."
         missing = [
             Problem(
                 f"data.columns.{name}",
                 getattr(self._columns, name),
-                f"no row of {self._source} has it; columns: {', '.join(sorted(self._present))}",
+                f"no row of {self._source} has it; columns: {shown}",
             )
             for name in Columns.model_fields
             if getattr(self._columns, name) != Columns.model_fields[name].default
@@ -151,10 +158,12 @@ class RowParser:
             reply = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None
             messages = messages if reply is None else messages[:-1]
             if not any(message["role"] == "user" for message in messages):
-                raise RowError(f"{columns.messages!r} has no user message before the reply")
+                raise RowError(
+                    CONTRADICTORY, f"{columns.messages!r} has no user message before the reply"
+                )
             return wrap_prompt(messages, self._config), reply
         if columns.prompt not in row:
-            raise RowError(f"no column {columns.prompt!r} or {columns.messages!r}")
+            raise RowError(MISSING, f"no column {columns.prompt!r} or {columns.messages!r}")
         text = _text(row[columns.prompt], columns.prompt)
         return wrap_prompt(({"role": "user", "content": text},), self._config), None
 
@@ -169,15 +178,17 @@ class RowParser:
                 found[name] = _number_lists(row[column], column, num)
         return found
 
-    def _new_id(self, value: object, number: int, where: str) -> str:
+    def _id(self, value: object, number: int) -> str:
+        column = self._columns.id
         if isinstance(value, bool) or not isinstance(value, str | int | None):
-            raise RowError(f"{self._columns.id!r} must be a text or an integer, not {_kind(value)}")
+            raise RowError(
+                WRONG_TYPE, f"{column!r} must be a text or an integer, not {_kind(value)}"
+            )
         prompt_id = f"{self._source}/{number}" if value is None else str(value)
         if not prompt_id.strip():
-            raise RowError(f"{self._columns.id!r} is empty")
-        first = self._ids.setdefault(prompt_id, where)
-        if first != where:
-            raise RowError(f"duplicate id {prompt_id!r}, first used by {first}")
+            raise RowError(EMPTY, f"{column!r} is empty")
+        if len(prompt_id) > MAX_ID:
+            raise RowError(TOO_LONG_ID, f"{column!r} has {len(prompt_id):,} characters")
         return prompt_id
 
 
@@ -204,16 +215,12 @@ def with_nested(row: Mapping[str, Any], columns: Columns) -> Mapping[str, Any]:
     return {**row, **found} if found else row
 
 
-def check_templates(config: DataSection) -> None:
+def check_templates(config: WordsSection) -> None:
     """Raises ConfigError where a template has no place for its text."""
     problems = []
     if "{prompt}" not in config.prompt_template:
         problems.append(
             Problem("data.prompt_template", config.prompt_template, "must contain {prompt}")
-        )
-    if not {"{prompt}", "{hint}"} <= set(re.findall(r"\{\w+\}", config.hint_template)):
-        problems.append(
-            Problem("data.hint_template", config.hint_template, "must contain {prompt} and {hint}")
         )
     if not re.search(r"\{(demonstration|answer)\}", config.demonstration_template):
         problems.append(
@@ -227,25 +234,27 @@ def check_templates(config: DataSection) -> None:
         raise ConfigError(problems)
 
 
-def wrap_prompt(messages: Sequence[Message], config: DataSection) -> tuple[Message, ...]:
+def wrap_prompt(messages: Sequence[Message], config: WordsSection) -> tuple[Message, ...]:
     """The prompt template around the last user message."""
     last = max(i for i, message in enumerate(messages) if message["role"] == "user")
     wrapped = config.prompt_template.replace("{prompt}", messages[last]["content"])
     return (*messages[:last], {"role": "user", "content": wrapped}, *messages[last + 1 :])
 
 
-def with_system_prompt(messages: tuple[Message, ...], config: DataSection) -> tuple[Message, ...]:
+def with_system_prompt(messages: tuple[Message, ...], config: WordsSection) -> tuple[Message, ...]:
     """The configured system prompt first, unless the row brings its own."""
     if config.system_prompt is None or messages[0]["role"] in ("system", "developer"):
         return messages
     return ({"role": "system", "content": config.system_prompt}, *messages)
 
 
-def write_demonstration(text: str, answer: str | None, config: DataSection) -> str:
+def write_demonstration(text: str, answer: str | None, config: WordsSection) -> str:
     """The demonstration template around one text; raises RowError where it lacks the answer."""
     template = config.demonstration_template
     if answer is None and "{answer}" in template:
-        raise RowError("data.demonstration_template uses {answer}, but the row has none")
+        raise RowError(
+            CONTRADICTORY, "data.demonstration_template uses {answer}, but the row has none"
+        )
     values = {"{demonstration}": text, "{answer}": answer or ""}
     # One pass: braces inside the texts, such as \boxed{answer}, are never substituted.
     return re.sub(r"\{(?:demonstration|answer)\}", lambda match: values[match[0]], template)
@@ -261,42 +270,11 @@ def check_encodable(record: Record) -> None:
         "".join([*texts, metadata]).encode()
     except UnicodeEncodeError as error:
         code = ord(error.object[error.start])
-        raise RowError(f"holds the lone surrogate U+{code:04X}, which is not text") from error
+        raise RowError(
+            NOT_TEXT, f"holds the lone surrogate U+{code:04X}, which is not text"
+        ) from error
     except (TypeError, ValueError, RecursionError) as error:
-        raise RowError(f"metadata cannot be written as JSON: {error}") from error
-
-
-def problem_key(record: Record) -> bytes:
-    """Equal for problems whose text differs in case, white space or Unicode form only."""
-    text = "\n".join(f"{message['role']}: {message['content']}" for message in record.messages)
-    folded = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    return hashlib.blake2b(folded.encode(), digest_size=16).digest()
-
-
-def split_held_out(records: Sequence[Record], num_eval: int, seed: int, source: str) -> Records:
-    """Draw `num_eval` different problems; no copy of them stays in training.
-
-    The draw depends on the seed and the number of rows only.
-    """
-    if not num_eval:
-        return Records(records, ())
-    keys = [problem_key(record) for record in records]
-    shuffle = Permutation(len(records), derive_key(seed, "held_out"))
-    held: dict[bytes, int] = {}
-    for position in range(len(records)):
-        row = shuffle(position)
-        held.setdefault(keys[row], row)
-        if len(held) == num_eval:
-            break
-    rows = set(held.values())
-    train = [r for i, r in enumerate(records) if keys[i] not in held]
-    if len(held) < num_eval or not train:
-        raise DataError(
-            f"{source}: {len(set(keys))} different problems cannot give {num_eval} held-out ones "
-            "and a training set: lower eval.num_prompts or add rows"
-        )
-    copies = [r.prompt_id for i, r in enumerate(records) if keys[i] in held and i not in rows]
-    return Records(train, [records[row] for row in held.values()], copies)
+        raise RowError(WRONG_TYPE, f"metadata cannot be written as JSON: {error}") from error
 
 
 def _kind(value: object) -> str:
@@ -315,9 +293,9 @@ def _kind(value: object) -> str:
 
 def _text(value: object, column: str) -> str:
     if not isinstance(value, str):
-        raise RowError(f"{column!r} must be a text, not {_kind(value)}")
+        raise RowError(WRONG_TYPE, f"{column!r} must be a text, not {_kind(value)}")
     if not value.strip():
-        raise RowError(f"{column!r} is empty")
+        raise RowError(EMPTY, f"{column!r} is empty")
     return value
 
 
@@ -341,32 +319,44 @@ def _scores(value: object, column: str, num: int) -> tuple[float | None, ...]:
         return ()
     values = value if isinstance(value, list) else [value]
     if len(values) != num:
-        raise RowError(f"{column!r} has {len(values)} numbers for {num} demonstrations")
+        raise RowError(
+            CONTRADICTORY, f"{column!r} has {len(values)} numbers for {num} demonstrations"
+        )
     return tuple(None if item is None else _number(item, column) for item in values)
 
 
 def _number_lists(value: object, column: str, num: int) -> tuple[tuple[float, ...] | None, ...]:
     """One list of numbers (or None) for each of `num` texts; a flat list belongs to the only text."""
     if not isinstance(value, list):
-        raise RowError(f"{column!r} must be a list of numbers, not {_kind(value)}")
+        raise RowError(WRONG_TYPE, f"{column!r} must be a list of numbers, not {_kind(value)}")
     lists = value if any(isinstance(item, list) for item in value) else [value]
     if len(lists) != num:
-        raise RowError(f"{column!r} has {len(lists)} lists of numbers for {num} demonstrations")
+        raise RowError(
+            CONTRADICTORY, f"{column!r} has {len(lists)} lists of numbers for {num} demonstrations"
+        )
     for item in lists:
         if not isinstance(item, list | None):
             raise RowError(
-                f"{column!r} must hold one list of numbers a demonstration, not {_kind(item)}"
+                WRONG_TYPE,
+                f"{column!r} must hold one list of numbers a demonstration, not {_kind(item)}",
             )
     return tuple(
         None if item is None else tuple(_number(n, column) for n in item) for item in lists
     )
 
 
+def _difficulty(value: object) -> float | None:
+    """Data sets also use the name for words (`hard`), which have no order."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+        return None
+    return float(value)
+
+
 def _number(value: object, column: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RowError(f"{column!r} must hold numbers, not {_kind(value)}")
+        raise RowError(WRONG_TYPE, f"{column!r} must hold numbers, not {_kind(value)}")
     if not isfinite(value):
-        raise RowError(f"{column!r} holds {value}, which is not a finite number")
+        raise RowError(WRONG_TYPE, f"{column!r} holds {value}, which is not a finite number")
     return float(value)
 
 
@@ -374,20 +364,24 @@ def _metadata(value: object, column: str) -> Mapping[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise RowError(f"{column!r} must be an object, not {_kind(value)}")
+        raise RowError(WRONG_TYPE, f"{column!r} must be an object, not {_kind(value)}")
     return value
 
 
 def _conversation(value: object, column: str) -> tuple[Message, ...]:
     if not isinstance(value, list) or not value:
-        raise RowError(f"{column!r} must be a list of {{role, content}}, not {_kind(value)}")
+        raise RowError(
+            WRONG_TYPE, f"{column!r} must be a list of {{role, content}}, not {_kind(value)}"
+        )
     messages = []
     for i, message in enumerate(value):
         if not isinstance(message, dict):
-            raise RowError(f"{column}[{i}] must be an object, not {_kind(message)}")
+            raise RowError(WRONG_TYPE, f"{column}[{i}] must be an object, not {_kind(message)}")
         role = message.get("role")
         if role not in ROLES:
-            raise RowError(f"{column}[{i}].role = {role!r}: choose one of {', '.join(ROLES)}")
+            raise RowError(
+                WRONG_TYPE, f"{column}[{i}].role = {role!r}: choose one of {', '.join(ROLES)}"
+            )
         messages.append(
             {"role": role, "content": _text(message.get("content"), f"{column}[{i}].content")}
         )

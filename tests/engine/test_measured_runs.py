@@ -50,6 +50,12 @@ class Stream:
 
     take_experts = take
 
+    def observe(self, groups):
+        pass
+
+    def metrics(self):
+        return {}
+
     def make(self, i):
         rng = np.random.default_rng(i)
         solution = (*rng.integers(3, 300, 5).tolist(), 2)

@@ -100,6 +100,12 @@ class IdentityData:
     def _at(self, start: int, n: int) -> list[Prompt]:
         return [self.prompts[i % NUM_SYMBOLS] for i in range(start, start + n)]
 
+    def observe(self, groups: Sequence[RolloutGroup]) -> None:
+        pass
+
+    def metrics(self) -> Mapping[str, float]:
+        return {}
+
     def find(self, prompt_id: str) -> Prompt:
         return self.prompts[int(prompt_id) - FIRST]
 
