@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 REWARDS: "dict[str, str | RewardFn]" = {
     "boxed_math": "plait.rewards.math:grade_boxed_math",
     "exact": "plait.rewards.exact:grade_exact",
+    "format": "plait.rewards.format:grade_format",
+    "json_schema": "plait.rewards.json_schema:grade_json_schema",
     "math": "plait.rewards.math:grade_math",
+    "multiple_choice": "plait.rewards.multiple_choice:grade_multiple_choice",
+    "numeric": "plait.rewards.numeric:grade_numeric",
     "reasoning_gym": "plait.rewards.reasoning_gym:grade_reasoning_gym",
 }
 """Built-in rewards: name -> `module:function` (imported on first use) or the function itself."""

@@ -31,9 +31,9 @@ def test_a_function_in_the_dictionary(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (
             "maths",
-            "no built-in reward has this name; did you mean 'math'? built in are boxed_math, exact, math",
+            "no built-in reward has this name; did you mean 'math'? built in are boxed_math, exact, format",
         ),
-        ("quux", "no built-in reward has this name; built in are boxed_math, exact, math"),
+        ("quux", "no built-in reward has this name; built in are boxed_math, exact, format"),
         ("", "no built-in reward has this name"),
         (":f", "no built-in reward has this name"),
         ("json:", "no built-in reward has this name"),
