@@ -273,6 +273,30 @@ def check_reward(
         raise typer.Exit(1)
 
 
+@check.command("data")
+def check_data(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Append what is dropped or refused, with reasons (JSONL).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Examine every row of a recipe's data and grade every demonstration; start no cluster.
+
+    Exit code 1 where the policy (data.admission) would refuse the data.
+    """
+    from .check_data import check_data as run
+
+    found = run(load_recipe(recipe, overrides or ()), output)
+    if as_json:
+        print(json.dumps(found.to_json()))
+    else:
+        found.show()
+    if not found.ok:
+        raise typer.Exit(1)
+
+
 @check.command("recipe")
 def check_recipe(
     recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False

@@ -16,6 +16,7 @@ from ..engine.errors import ConfigError, HubError, Problem
 from ..rollouts.config import RolloutConfig
 from ..rollouts.readers import read_records
 from ..rollouts.records import Records
+from .admission import QUARANTINE_FILE, admit, report_of
 from .check_reward import refuse_untrue
 from .config import Recipe
 from .demonstrations import check_demonstrations, check_pairs_fit
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from .open_pool import OpenPool
 
 CONFIG_FILE, SUMMARY_FILE = "config.yaml", "summary.json"
-QUARANTINE_FILE = "quarantine.jsonl"
 NUM_PROBES = 2
 
 
@@ -122,6 +122,7 @@ def train(
         streams, report = parts.data.state_dict(), asdict(parts.data.report)
     summary = summarize(recipe, state, streams, seconds, time.perf_counter() - started)
     summary["data"] = {name: n for name, n in report.items() if name != "first_dropped"}
+    summary["data"]["admission"] = report_of(folder)
     (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
@@ -196,9 +197,11 @@ def composed(inputs: Inputs, folder: Path, workers: OpenPool | None = None) -> I
 
         gold: list[str] = []
         data = load_prompts(inputs, model_path, folder / QUARANTINE_FILE)
-        algorithm.use_prompts(data)
         if scorer is not None:
             gold = refuse_untrue(scorer, recipe.reward, inputs.records)
+        admitted = admit(recipe, algorithm, data, scorer, folder)
+        data.check_step(recipe.loop.prompts_per_step, most_expert_rows(inputs))
+        algorithm.use_prompts(data)
         pool.wait_started(stop_token_ids=[data.end_token_id])
         ranks.wait_started()
         learners = LearnerGroup(
@@ -216,7 +219,7 @@ def composed(inputs: Inputs, folder: Path, workers: OpenPool | None = None) -> I
         )
         log = RunLog(folder, make_console())
         stack.callback(log.close)
-        log.console.say("\n".join([str(data.report), *gold]))
+        log.console.say("\n".join([str(data.report), *admitted.lines(), *gold]))
         yield Parts(
             algorithm=algorithm,
             data=data,

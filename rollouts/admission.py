@@ -6,10 +6,11 @@ knows no reward function and no data source. What follows from the findings is i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
+from ..engine.metrics import SUCCESS
 from ..engine.types import Demonstration, Prompt, Score
 from .admission_policy import Finding, Key, Reason
 from .overlap import NGRAM, HeldOutText
@@ -27,8 +28,8 @@ class TrainRow:
     source: str
     places: tuple[int, ...]
     """Of `prompt.demonstrations` in the row."""
-    refused: tuple[int, ...] = ()
-    """Places of those with a control token."""
+    refused: Mapping[int, str] = field(default_factory=dict)
+    """Text by place of those with a control token."""
 
     def items(self) -> Iterator[tuple[int, Demonstration]]:
         yield from zip(self.places, self.prompt.demonstrations, strict=True)
@@ -70,6 +71,8 @@ class Examination:
         """Source of every demonstration."""
         self.scores: dict[Key, Score] = {}
         """The verifier's, where it could tell."""
+        self.ungraded: dict[str, int] = {}
+        """Prompts by id, with the number of demonstrations that the data stores no score of."""
         self._limit = max_response_length
         self._looks_at_demonstrations = demonstrations
         self._held_out = HeldOutText(held_out)
@@ -95,7 +98,9 @@ class Examination:
             source.lengths.append(len(demonstration.token_ids))
             self._examine_text(row, place, demonstration, own)
             self._examine_tokens(row, place, demonstration)
-            if demonstration.score is not None:
+            if demonstration.score is None:
+                self.ungraded[prompt.prompt_id] = self.ungraded.get(prompt.prompt_id, 0) + 1
+            else:
                 source.stored += 1
                 self._judge(row, place, demonstration.score)
 
@@ -170,7 +175,7 @@ class Examination:
         if score.reward is None:
             source.unknown += 1
             self._find(row, place, Reason.UNKNOWN, score.reason)
-        elif score.reward < 1:
+        elif score.reward < SUCCESS:
             source.wrong += 1
             self._find(row, place, Reason.WRONG, f"reward {score.reward:g}")
         else:

@@ -21,7 +21,8 @@ class AdmissionConfig(Section):
     """What is done with a demonstration, or a row, that the admission finds fault with (docs/data-admission.md)."""
 
     wrong: Action | None = None
-    """The verifier's reward is below 1. null: drop, but keep where the expert loss reads demonstrations' rewards."""
+    """The verifier's reward is below 1. null: drop, but keep where the expert loss reads demonstrations' rewards, or
+    where reward.gold_samples = 0 says that the reward is no verifier."""
     unknown: Action = "keep"
     """The verifier could not tell."""
     empty: Action = "drop"
@@ -31,7 +32,7 @@ class AdmissionConfig(Section):
     control_token: Literal["refuse", "drop"] = "drop"
     """Holds a control token of the tokenizer."""
     foreign_template: Action = "refuse"
-    """Holds the markup of a chat template; so may the prompt."""
+    """Holds the markup of a chat template; or the row's prompt does."""
     fully_masked: Action = "drop"
     """No token with a weight is left of it within rollouts.max_response_length."""
     too_long: Action = "keep"
@@ -44,7 +45,7 @@ class AdmissionConfig(Section):
     """A row of whose prompt every 13 words in a row (all of them where it has fewer) are in a held-out prompt."""
     eval_overlap: Action = "keep"
     """A row of whose prompt some are."""
-    max_graded: int = Field(default=500, ge=0)
+    max_graded: int = Field(default=2000, ge=0)
     """Demonstrations that the start of a run grades, of prompts drawn by data.seed; `plait check data` grades all."""
 
 
@@ -63,6 +64,8 @@ class Reason(StrEnum):
     WRONG = "wrong"
     UNKNOWN = "unknown"
     DUPLICATE = "duplicate"
+    UNDEMONSTRATED = "undemonstrated"
+    """A row that lost all its demonstrations, where the algorithm trains one of every prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,13 @@ class Finding:
     reason: Reason
     source: str
     detail: str = ""
+
+    @property
+    def where(self) -> str:
+        return "row" if self.place is None else f"demonstration {self.place}"
+
+    def __str__(self) -> str:
+        return f"{self.prompt_id}, {self.where}: {self.detail}"
 
 
 @dataclass(frozen=True)
@@ -91,12 +101,12 @@ class Decision:
 def decide(
     findings: Sequence[Finding],
     demonstrations: Collection[Key],
-    policy: AdmissionConfig,
+    actions: Mapping[Reason, Action],
     *,
-    trains_wrong: bool = False,
+    every_prompt_demonstrated: bool = False,
 ) -> Decision:
-    """`trains_wrong`: the expert loss reads the rewards of demonstrations, so wrong ones are kept by default."""
-    actions = actions_of(policy, trains_wrong=trains_wrong)
+    """`demonstrations`: all that the training rows have. With `every_prompt_demonstrated`, rows that lose all of theirs
+    leave the training set."""
     left_out: dict[str, Reason] = {}
     dropped: dict[Key, Reason] = {}
     order = {reason: i for i, reason in enumerate(Reason)}
@@ -110,18 +120,21 @@ def decide(
     for key in demonstrations:
         if key[0] in left_out:
             dropped[key] = left_out[key[0]]
+    if every_prompt_demonstrated:
+        demonstrated = {key[0] for key in demonstrations if key not in dropped}
+        for prompt_id, _ in dropped:
+            if prompt_id not in demonstrated:
+                left_out.setdefault(prompt_id, Reason.UNDEMONSTRATED)
     refused = tuple(f for f in findings if actions[f.reason] == "refuse")
     return Decision(dropped, left_out, refused)
 
 
-def actions_of(policy: AdmissionConfig, *, trains_wrong: bool) -> dict[Reason, str]:
-    default = "keep" if trains_wrong else "drop"
-    return {reason: getattr(policy, reason.value) or default for reason in Reason}
-
-
-def undemonstrated(demonstrations: Collection[Key], dropped: Collection[Key]) -> list[str]:
-    """Prompts that lost all of their demonstrations."""
-    left: dict[str, bool] = {}
-    for key in demonstrations:
-        left[key[0]] = left.get(key[0], False) or key not in dropped
-    return [prompt_id for prompt_id, kept in left.items() if not kept]
+def choose_actions(policy: AdmissionConfig, *, keep_wrong: bool = False) -> dict[Reason, Action]:
+    """What is done about each reason; `keep_wrong`: where the policy leaves open what becomes of wrong ones."""
+    actions: dict[Reason, Action] = {Reason.UNDEMONSTRATED: "drop"}
+    for reason in Reason:
+        if reason != Reason.UNDEMONSTRATED:
+            actions[reason] = getattr(policy, reason.value)
+    if policy.wrong is None:
+        actions[Reason.WRONG] = "keep" if keep_wrong else "drop"
+    return actions

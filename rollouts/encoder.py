@@ -27,7 +27,7 @@ class Encoder:
         ledger = ledger or Ledger()
         ids = self.chat.encode_prompt(record.messages, max_length=self.max_prompt_length)
         shown = dict(self._demonstrations(record, ids, ledger))
-        refused = tuple(i for i in range(len(record.demonstrations)) if i not in shown)
+        refused = {i: text for i, text in enumerate(record.demonstrations) if i not in shown}
         prompt = Prompt(
             prompt_id=record.prompt_id,
             messages=record.messages,

@@ -10,7 +10,13 @@ import pytest
 from plait.engine.errors import DataError
 from plait.engine.types import Prompt, Score
 from plait.rollouts.admission import Examination
-from plait.rollouts.admission_policy import AdmissionConfig, Reason, decide, undemonstrated
+from plait.rollouts.admission_policy import (
+    AdmissionConfig,
+    Finding,
+    Reason,
+    choose_actions,
+    decide,
+)
 from plait.rollouts.config import JsonlData
 from plait.rollouts.data import Data, load_data
 from plait.rollouts.overlap import COMMON, HeldOutText, hash_ngrams, words
@@ -138,9 +144,14 @@ def test_the_policy_drops_keeps_and_refuses(tmp_path: Path, tokenizer: Any) -> N
     rows = [row(["[INST]", "\u200b"]), row(["fine", "a<|im_end|>"], 1), row("ok", 1)]
     examination = examine(load(tmp_path, tokenizer, rows))
 
-    def decided(**policy: str) -> tuple[dict, dict, list]:
-        config = AdmissionConfig.model_validate(policy)
-        decision = decide(examination.findings, examination.demonstrations, config)
+    def decided(every: bool = False, **policy: str) -> tuple[dict, dict, list]:
+        actions = choose_actions(AdmissionConfig.model_validate(policy))
+        decision = decide(
+            examination.findings,
+            examination.demonstrations,
+            actions,
+            every_prompt_demonstrated=every,
+        )
         return {**decision.dropped}, {**decision.left_out}, [f.reason for f in decision.refused]
 
     dropped = {("0", 1): "empty", ("1", 1): "control_token"}
@@ -151,17 +162,16 @@ def test_the_policy_drops_keeps_and_refuses(tmp_path: Path, tokenizer: Any) -> N
     assert decided(foreign_template="keep", empty="keep", duplicate_prompt="drop") == (
         without, {"2": "duplicate_prompt"}, [],
     )  # fmt: skip
-    assert undemonstrated(examination.demonstrations, drop) == ["0"]
+    assert decided(every=True, foreign_template="drop") == (drop, {"0": "undemonstrated"}, [])
 
 
 def test_wrong_ones_are_kept_where_they_are_what_trains() -> None:
-    from plait.rollouts.admission_policy import Finding
-
     findings = [Finding("a", 0, Reason.WRONG, "s")]
 
-    def dropped(trains_wrong: bool, **policy: str) -> bool:
+    def dropped(keep: bool, **policy: str) -> bool:
         config = AdmissionConfig.model_validate(policy)
-        return bool(decide(findings, [("a", 0)], config, trains_wrong=trains_wrong).dropped)
+        actions = choose_actions(config, keep_wrong=keep)
+        return bool(decide(findings, [("a", 0)], actions).dropped)
 
     assert dropped(False)
     assert not dropped(True)
@@ -182,7 +192,7 @@ def test_admitted_data(tmp_path: Path, tokenizer: Any) -> None:
     assert {p.prompt_id for p in data.take(5)} == {"0", "1", "3", "4", "5"}
     assert {p.prompt_id for p in data.take_experts(4)} == {"0", "3", "4", "5"}
     first = data.row("0")
-    assert (first.places, first.refused) == ((2,), (1,))
+    assert (first.places, first.refused) == ((2,), {1: "b0<|im_end|>"})
     assert [(d.text, d.score) for d in first.prompt.demonstrations] == [("c0", Score.ok(1))]
     with pytest.raises(DataError, match="no training prompt has the id '2'"):
         data.find("2")
