@@ -193,6 +193,47 @@ def ask(
 
 
 @app.command()
+def teach(
+    recipe: RecipeArgument,
+    output: Annotated[
+        Path, typer.Option(help="Folder of the traces; the same command goes on there.")
+    ],
+    overrides: Overrides = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="A model, or its name at --endpoint. Default: the recipe's.")
+    ] = None,
+    endpoint: Annotated[
+        str | None, typer.Option(help="OpenAI-compatible URL, for example http://host:8000/v1.")
+    ] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="Environment variable that holds the endpoint's key.")
+    ] = None,
+    rollouts_per_prompt: Annotated[int, typer.Option(min=1, help="Answers of each prompt.")] = 4,
+    max_kept: Annotated[int, typer.Option(min=1, help="Right answers kept of a prompt.")] = 1,
+    hint_fraction: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of a demonstration shown in a second round.")
+    ] = 0.0,
+    max_prompts: Annotated[int | None, typer.Option(min=1, help="Default: all of them.")] = None,
+) -> None:
+    """Sample solutions of the recipe's training prompts from a teacher; keep verified ones as demonstrations."""
+    from .teach import DEMONSTRATIONS, Teaching
+    from .teach import teach as run
+
+    loaded = load_recipe(recipe, overrides or ())
+    teaching = Teaching(
+        teacher=teacher or loaded.model.path,
+        rollouts_per_prompt=rollouts_per_prompt,
+        max_kept=max_kept,
+        hint_fraction=hint_fraction,
+        max_prompts=max_prompts,
+        endpoint=endpoint,
+        api_key_env=api_key_env,
+    )
+    run(loaded, teaching, output)
+    print(output / DEMONSTRATIONS)
+
+
+@app.command()
 def model(name: Annotated[str, typer.Argument(help="For example smollm2-135m-instruct.")]) -> None:
     """Make a packaged model a Hugging Face checkpoint in the cache, and print its folder."""
     from .model import resolve_model
