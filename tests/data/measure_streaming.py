@@ -15,10 +15,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tiny_model import make_tiny_tokenizer
-
 from plait.rollouts.config import JsonlData
 from plait.rollouts.data import load_data
+from tiny_model import make_tiny_tokenizer
 
 STEPS, PROMPTS = 100, 64
 FILLER = "one two three four five six seven eight nine ten " * 4

@@ -7,10 +7,11 @@ import signal
 import subprocess
 from pathlib import Path
 
+from math_verify import parse, verify
+
 from end_to_end.command_line import plait, plait_command, read_lines, write_recipe
 from end_to_end.test_smollm2 import recipe as smollm2_recipe
 from end_to_end.test_train import wait_for
-from math_verify import parse, verify
 
 PROMPTS = 80
 
