@@ -14,7 +14,14 @@ from ..algorithms.stages import Stages
 from ..engine.errors import DataError
 from ..engine.types import Score
 from ..rollouts.admission import Examination
-from ..rollouts.admission_policy import Action, Decision, Reason, choose_actions, decide
+from ..rollouts.admission_policy import (
+    Action,
+    AdmissionConfig,
+    Decision,
+    Reason,
+    choose_actions,
+    decide,
+)
 from ..rollouts.admission_report import AdmissionReport, make_report
 from ..rollouts.order import Permutation, derive_key
 from ..rollouts.quarantine import Quarantined, append
@@ -24,6 +31,7 @@ if TYPE_CHECKING:
     from .config import Recipe
 
 ADMISSION_FILE, QUARANTINE_FILE = "admission.json", "quarantine.jsonl"
+SHOWN = 5
 PROMPTS_TOGETHER = 512
 """Prompts that are given to the scoring processes at once."""
 
@@ -66,6 +74,11 @@ def admit(
     demonstrated = trains_demonstrations(algorithm)
     if path.exists():
         settled = read_settled(path)
+        if settled.report.rows != data.num_prompts:
+            raise DataError(
+                f"{path} was made for other data, of {settled.report.rows} training rows, and now there are "
+                f"{data.num_prompts}; restore the data, or start a new run"
+            )
     else:
         admission = examine(
             recipe,
@@ -76,7 +89,9 @@ def admit(
             demonstrations=demonstrated,
         )
         append(folder / QUARANTINE_FILE, quarantined(admission, data))
-        refuse(admission, str(folder / QUARANTINE_FILE))
+        problems = objections(admission, recipe.data.admission, str(folder / QUARANTINE_FILE))
+        if problems:
+            raise DataError("\n".join([*problems, *admission.report.lines()]))
         settled = settle(admission)
         partial = path.with_suffix(".partial")
         partial.write_bytes(ADAPTER.dump_json(settled, indent=1))
@@ -150,25 +165,39 @@ def trains_wrong(algorithm: AlgorithmBase) -> bool:
     return loss is not None and "demonstration_scores" in loss.needs
 
 
-def refuse(admission: Admission, file: str) -> None:
-    """Raises DataError where the policy refuses something; `file` holds the rows."""
-    refused = admission.decision.refused
-    if not refused:
-        return
-    reasons = sorted({finding.reason.value for finding in refused})
-    shown = [f"  {finding.reason.value}: {finding}" for finding in refused[:5]]
-    more = [f"  ... and {len(refused) - 5} more"] if len(refused) > 5 else []
-    keys = " and ".join(f"data.admission.{reason}" for reason in reasons)
-    raise DataError(
-        "\n".join(
-            [
-                f"{keys} = refuse, and {len(refused)} findings are of that kind:",
-                *shown,
-                *more,
-                f"correct or remove these rows ({file} lists them), or set {keys} to drop or keep",
-            ]
-        )
-    )
+def objections(admission: Admission, config: AdmissionConfig, file: str | None) -> list[str]:
+    """Why a run may not start with this data; `file` holds the rows."""
+    listed = f"{file} lists them" if file else "`plait check data RECIPE --output FILE` lists them"
+    found = []
+    if refused := admission.decision.refused:
+        reasons = sorted({finding.reason.value for finding in refused})
+        keys = " and ".join(f"data.admission.{reason}" for reason in reasons)
+        shown = [f"  {finding.reason.value}: {finding}" for finding in refused[:SHOWN]]
+        more = [f"  ... and {len(refused) - SHOWN} more"] if len(refused) > SHOWN else []
+        found += [
+            f"{keys} = refuse, and {len(refused)} findings are of that kind:",
+            *shown,
+            *more,
+            f"correct or remove these rows ({listed}), or set {keys} to drop or keep",
+        ]
+    for share, what in dropped_shares(admission):
+        if share > config.max_dropped_fraction:
+            found.append(
+                f"{share:.0%} of the {what}, more than data.admission.max_dropped_fraction = "
+                f"{config.max_dropped_fraction:g}: see whether verifier, templates and limits fit the data ({listed}), "
+                "or raise it"
+            )
+    return found
+
+
+def dropped_shares(admission: Admission) -> Iterator[tuple[float, str]]:
+    report = admission.report
+    if report.demonstrations:
+        dropped = sum(report.dropped.values())
+        yield dropped / report.demonstrations, "demonstrations are dropped"
+    graded = report.right + report.wrong
+    if graded and admission.actions[Reason.WRONG] == "drop":
+        yield report.wrong / graded, f"{graded} graded demonstrations are wrong"
 
 
 def quarantined(admission: Admission, data: Any) -> Iterator[Quarantined]:

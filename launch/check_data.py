@@ -9,7 +9,7 @@ from typing import Any
 
 from ..rollouts.admission_report import AdmissionReport
 from ..rollouts.quarantine import append
-from .admission import Admission, examine, finding_rows, quarantined
+from .admission import Admission, examine, finding_rows, objections, quarantined
 from .config import Recipe
 from .model import resolve_model
 from .run import check_inputs, load_prompts
@@ -27,15 +27,17 @@ class DataCheck:
     data: Any
     graded: bool
     """The recipe has a reward."""
+    objections: tuple[str, ...]
+    """Why a run would not start."""
 
     @property
     def ok(self) -> bool:
-        """The policy refuses nothing."""
-        return not self.admission.decision.refused
+        return not self.objections
 
     def to_json(self) -> dict[str, Any]:
         return {
             "ok": self.ok,
+            "objections": list(self.objections),
             "data": asdict(self.data.report),
             "admission": asdict(self.admission.report),
             "findings": finding_rows(self.admission),
@@ -54,7 +56,10 @@ class DataCheck:
             console.print("the recipe has no reward: no demonstration was graded")
         if report.findings:
             console.print(finding_table(report))
-        console.print("\n".join(verdict_lines(report, self.ok)), markup=False)
+        console.print("\n".join(verdict_lines(report)), markup=False)
+        if self.objections:
+            refused = ["REFUSED: a run would not start", *self.objections]
+            console.print("\n".join(refused), markup=False)
 
 
 def check_data(recipe: Recipe, output: Path | None = None) -> DataCheck:
@@ -71,7 +76,8 @@ def check_data(recipe: Recipe, output: Path | None = None) -> DataCheck:
         admission = examine(recipe, inputs.algorithm, data, scorer)
     if output is not None:
         append(output, quarantined(admission, data))
-    return DataCheck(admission, data, graded=recipe.reward is not None)
+    against = objections(admission, recipe.data.admission, None if output is None else str(output))
+    return DataCheck(admission, data, recipe.reward is not None, tuple(against))
 
 
 def source_table(report: AdmissionReport) -> Any:
@@ -104,7 +110,7 @@ def finding_table(report: AdmissionReport) -> Any:
     return table
 
 
-def verdict_lines(report: AdmissionReport, ok: bool) -> list[str]:
+def verdict_lines(report: AdmissionReport) -> list[str]:
     dropped = ", ".join(f"{n} {reason}" for reason, n in report.dropped.items())
     lines = [
         f"{report.demonstrations} demonstrations: {report.admitted} admitted"
@@ -113,11 +119,4 @@ def verdict_lines(report: AdmissionReport, ok: bool) -> list[str]:
     if report.left_out:
         counts = ", ".join(f"{n} {reason}" for reason, n in report.left_out.items())
         lines.append(f"{sum(report.left_out.values())} rows leave the training set ({counts})")
-    refused = [reason for reason, action in report.actions.items() if action == "refuse"]
-    if not ok:
-        lines.append(
-            f"REFUSED for {', '.join(refused)}: a run would not start; correct the rows, or set "
-            + " and ".join(f"data.admission.{reason}" for reason in refused)
-            + " to drop or keep"
-        )
     return lines

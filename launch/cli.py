@@ -325,7 +325,7 @@ def check_data(
 ) -> None:
     """Examine every row of a recipe's data and grade every demonstration; start no cluster.
 
-    Exit code 1 where the policy (data.admission) would refuse the data.
+    Exit code 1 where a run would refuse the data (data.admission).
     """
     from .check_data import check_data as run
 

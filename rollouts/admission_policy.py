@@ -45,6 +45,9 @@ class AdmissionConfig(Section):
     """A row of whose prompt every 13 words in a row (all of them where it has fewer) are in a held-out prompt."""
     eval_overlap: Action = "keep"
     """A row of whose prompt some are."""
+    max_dropped_fraction: float = Field(default=0.5, ge=0, le=1)
+    """Largest share of the demonstrations that may be dropped, and of the graded ones that may be dropped as wrong;
+    above it the run does not start."""
     max_graded: int = Field(default=2000, ge=0)
     """Demonstrations that the start of a run grades, of prompts drawn by data.seed; `plait check data` grades all."""
 
