@@ -25,6 +25,7 @@ REWARDS: "dict[str, str | RewardFn]" = {
     "math": "plait.rewards.math:grade_math",
     "multiple_choice": "plait.rewards.multiple_choice:grade_multiple_choice",
     "numeric": "plait.rewards.numeric:grade_numeric",
+    "python_tests": "plait.rewards.python_tests:grade_python_tests",
     "reasoning_gym": "plait.rewards.reasoning_gym:grade_reasoning_gym",
 }
 """Built-in rewards: name -> `module:function` (imported on first use) or the function itself."""

@@ -1,0 +1,131 @@
+"""Reward `python_tests`: the share of the prompt's tests that the completion's program passes, or all of them or none.
+
+The program is the last closed Markdown block fenced as ```python (or ```py, ```python3), else the whole completion.
+`prompt.metadata["tests"]` holds either kind:
+
+    ["assert add(2, 2) == 4", ...]
+        Python texts. The program is run as a module named `solution`, then each text in its namespace, in order;
+        functions that a text defines with a name starting with `test` are called. It passes when nothing is raised.
+    [{"input": "2 2\\n", "output": "4\\n"}, ...]
+        The program is run as `__main__`, once for each pair, with `input` on standard input. It passes when it exits
+        with 0 and what it printed is `output`, white space at line ends and the end of the text apart.
+
+Where it runs: sandbox.py. Options: `isolation` as it says there; `time_limit` is the seconds that all tests of a
+completion share (the reward's own deadline, reward.timeout_seconds, must be longer), `memory_mib` the address space
+of a process; `partial` gives the share of tests passed instead of all or nothing. `parts`: {"passed": ..., "total":
+...}.
+
+What a program does to itself is its own failure, 0: a syntax error, an exit, a crash, a deadline, too much memory or
+output. UNKNOWN is a sandbox that cannot be had, and tests that are missing or are no Python.
+
+Cheating. Pairs: nothing of the expected output enters the sandbox. Texts: a passed test is reported with a random
+token that enters the sandbox after the program's own code has run, through a pipe of its own; printing, exiting early
+and replaced builtins gain nothing. But a text and the program share an interpreter: one that knows this harness and
+searches the frames of its callers, or returns objects that equal everything, passes. Prefer pairs where that matters.
+"""
+
+import ast
+import time
+from collections.abc import Mapping, Sequence
+
+from ..engine.types import Prompt, Score
+from .answers import last_block
+from .sandbox import Isolation, Limits, SandboxError, run
+
+Pair = tuple[str, str]
+_SPARE_OUTPUT_BYTES = 1 << 16
+
+
+def grade_python_tests(
+    prompt: Prompt,
+    completion: str,
+    *,
+    partial: bool = False,
+    time_limit: float = 6.0,
+    memory_mib: int = 512,
+    isolation: Isolation = "namespaces",
+) -> Score:
+    """Share of tests passed, or 1.0 or 0.0. ValueError where an option cannot be used."""
+    if isolation not in ("namespaces", "limits"):
+        raise ValueError(f"option isolation = {isolation!r}: namespaces or limits")
+    limits = Limits(time_limit, memory_mib)
+    tests = prompt.metadata.get("tests")
+    block = last_block(completion, {"python", "py", "python3"})
+    code = completion if block is None else block
+    try:
+        if _are_pairs(tests):
+            passed = _count_pairs(
+                code, [(t["input"], t["output"]) for t in tests], limits, isolation
+            )
+        else:
+            passed = _count_texts(code, _texts(tests), limits, isolation)
+    except (SandboxError, _BadTests) as error:
+        return Score.unknown(str(error))
+    reward = passed / len(tests) if partial else passed == len(tests)
+    return Score.ok(reward, {"passed": passed, "total": len(tests)})
+
+
+class _BadTests(Exception):
+    """metadata["tests"] cannot be used."""
+
+
+def _are_pairs(tests: object) -> bool:
+    return (
+        _is_list(tests)
+        and len(tests) > 0
+        and all(
+            isinstance(test, Mapping)
+            and isinstance(test.get("input"), str)
+            and isinstance(test.get("output"), str)
+            for test in tests
+        )
+    )
+
+
+def _texts(tests: object) -> tuple[str, ...]:
+    if not _is_list(tests) or not tests or not all(isinstance(test, str) for test in tests):
+        raise _BadTests(
+            'the prompt has no metadata["tests"] that is a list of Python texts, or of {"input", "output"} texts'
+        )
+    for i, test in enumerate(tests):
+        try:
+            ast.parse(test)
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            raise _BadTests(f'metadata["tests"][{i}] is no Python: {error}') from error
+    return tuple(tests)
+
+
+def _is_list(tests: object) -> bool:
+    return isinstance(tests, Sequence) and not isinstance(tests, str)
+
+
+def _count_texts(code: str, tests: tuple[str, ...], limits: Limits, isolation: Isolation) -> int:
+    outcome = run("module", code, limits, isolation, tests=tests)
+    if outcome.stopped == "replies":
+        return 0
+    said: dict[bytes, set[bytes]] = {}
+    for reply in outcome.replies:
+        index, _, passed = reply.partition(b" ")
+        said.setdefault(index, set()).add(passed)
+    # A process that was forked on the way reports as well: only an undisputed pass counts.
+    return sum(said.get(str(i).encode()) == {b"1"} for i in range(len(tests)))
+
+
+def _count_pairs(code: str, pairs: list[Pair], limits: Limits, isolation: Isolation) -> int:
+    passed, left = 0, limits.seconds
+    for given, expected in pairs:
+        started = time.monotonic()
+        output_bytes = 2 * len(expected.encode("utf-8", "replace")) + _SPARE_OUTPUT_BYTES
+        own = Limits(left, limits.memory_mib, output_bytes)
+        stdin = given.encode("utf-8", "replace")
+        outcome = run("script", code, own, isolation, stdin=stdin)
+        if outcome.exit_code == 0:
+            passed += _lines(outcome.output.decode(errors="replace")) == _lines(expected)
+        left -= time.monotonic() - started
+        if left <= 0:
+            break
+    return passed
+
+
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.rstrip().split("\n")]
