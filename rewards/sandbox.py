@@ -3,8 +3,9 @@
 `isolation`:
 
     "namespaces"  the kernel's namespaces (sandbox_launcher.py): no network, not even the machine's own; no other
-                  process to see or signal; no file but the Python installation and system libraries, read-only, and an empty
-                  folder in memory. Where the machine does not allow it, or runs a Linux before 5.12: SandboxError.
+                  process to see or signal; no file but the Python installation and system libraries, read-only,
+                  and an empty folder in memory. Where the machine does not allow it, or runs a Linux before 5.12:
+                  SandboxError.
     "limits"      what any machine has: the limits, an empty environment and a temporary folder. Network, files and
                   processes of this user stay within reach. For code that is trusted or a container that is thrown away.
 
