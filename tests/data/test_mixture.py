@@ -140,7 +140,8 @@ def test_resume(tmp_path: Path, tokenizer: Any) -> None:
     config = mixture(*parts)
     data = load(config, tokenizer)
     for _ in range(7):
-        data.take(9), data.take_experts(3)
+        data.take(9)
+        data.take_experts(3)
     state = json.loads(json.dumps(data.state_dict()))
     resumed = load(config, tokenizer)
     resumed.load_state_dict(state)

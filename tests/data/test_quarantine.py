@@ -11,7 +11,8 @@ def row(**values: Any) -> Quarantined:
     given: Any = {
         "source": "rows.jsonl", "where": "line 7", "prompt_id": "a", "reason": "empty text", "row": {},
     }  # fmt: skip
-    return {**given, **values}
+    given |= values
+    return given
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
