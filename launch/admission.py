@@ -132,9 +132,7 @@ def examine(
     keep_wrong = no_verifier or trains_wrong(algorithm)
     actions = choose_actions(recipe.data.admission, keep_wrong=keep_wrong)
     every = algorithm.every_prompt_demonstrated
-    decision = decide(
-        found.findings, found.demonstrations, actions, every_prompt_demonstrated=every
-    )
+    decision = decide(found.findings, found.places, actions, every_prompt_demonstrated=every)
     return Admission(found, actions, decision)
 
 
@@ -202,25 +200,24 @@ def dropped_shares(admission: Admission) -> Iterator[tuple[float, str]]:
 
 def quarantined(admission: Admission, data: Any) -> Iterator[Quarantined]:
     """Of each finding that drops or refuses something, the prompt and the demonstration."""
-    sources = {name: source for (name, _), source in admission.examination.demonstrations.items()}
     for finding in admission.examination.findings:
         if admission.actions[finding.reason] != "keep":
             reason = f"{finding.reason.value}: {finding.detail}"
-            yield describe(data, finding.prompt_id, finding.place, reason, finding.source)
+            yield describe(data, finding.prompt_id, finding.place, reason)
     for name, reason in admission.decision.left_out.items():
         if reason == Reason.UNDEMONSTRATED:
             detail = f"{reason.value}: none of its demonstrations was admitted"
-            yield describe(data, name, None, detail, sources[name])
+            yield describe(data, name, None, detail)
 
 
-def describe(data: Any, name: str, place: int | None, reason: str, source: str) -> Quarantined:
+def describe(data: Any, name: str, place: int | None, reason: str) -> Quarantined:
     row = data.row(name)
     content = {"messages": list(row.prompt.messages), "answer": row.prompt.answer}
     if place is not None:
         texts = {**{i: d.text for i, d in row.items()}, **row.refused}
         content["demonstration"] = texts[place]
     where = "row" if place is None else f"demonstration {place}"
-    return Quarantined(source=source, where=where, prompt_id=name, reason=reason, row=content)
+    return Quarantined(source=row.source, where=where, prompt_id=name, reason=reason, row=content)
 
 
 def settle(admission: Admission) -> Settled:

@@ -56,7 +56,7 @@ class Source:
 
 
 class Examination:
-    """Findings about all training rows. Memory: a few dozen bytes a demonstration."""
+    """Findings about all training rows. Memory: about half a kilobyte a row."""
 
     def __init__(
         self,
@@ -67,8 +67,8 @@ class Examination:
     ) -> None:
         self.findings: list[Finding] = []
         self.sources: dict[str, Source] = {}
-        self.demonstrations: dict[Key, str] = {}
-        """Source of every demonstration."""
+        self.places: dict[str, tuple[int, ...]] = {}
+        """Of all demonstrations, by prompt id; those with a control token included."""
         self.scores: dict[Key, Score] = {}
         """The verifier's, where it could tell."""
         self.ungraded: dict[str, int] = {}
@@ -77,20 +77,19 @@ class Examination:
         self._looks_at_demonstrations = demonstrations
         self._held_out = HeldOutText(held_out)
         self._prompts: dict[bytes, str] = {}
-        self._texts: dict[bytes, str] = {}
-        self._rows: dict[str, str] = {}  # source of every row
+        self._texts: dict[bytes, Key] = {}
 
     def add(self, row: TrainRow) -> None:
         """Everything but verdicts of the verifier; scores that came with the data count as such."""
         prompt, source = row.prompt, self.sources.setdefault(row.source, Source())
         source.rows += 1
-        self._rows[prompt.prompt_id] = row.source
         self._examine_prompt(row)
         if not self._looks_at_demonstrations:
             return
-        for place in (*row.places, *row.refused):
-            self.demonstrations[prompt.prompt_id, place] = row.source
-            source.demonstrations += 1
+        places = (*row.places, *row.refused)
+        if places:
+            self.places[prompt.prompt_id] = places
+        source.demonstrations += len(places)
         for place in row.refused:
             self._find(row, place, Reason.CONTROL_TOKEN, "holds a control token")
         own: set[str] = set()
@@ -116,13 +115,11 @@ class Examination:
         """After the last row: what is known only then."""
         for overlap in self._held_out.partial():
             detail = f"{overlap.share:.0%} of its {NGRAM}-grams are held out, some in {overlap.held_out!r}"
-            source = self._rows[overlap.prompt_id]
-            found = Finding(overlap.prompt_id, None, Reason.EVAL_OVERLAP, source, detail)
+            found = Finding(overlap.prompt_id, None, Reason.EVAL_OVERLAP, detail)
             self.findings.append(found)
 
     def _find(self, row: TrainRow, place: int | None, reason: Reason, detail: str) -> None:
-        found = Finding(row.prompt.prompt_id, place, reason, row.source, detail)
-        self.findings.append(found)
+        self.findings.append(Finding(row.prompt.prompt_id, place, reason, detail))
 
     def _examine_prompt(self, row: TrainRow) -> None:
         prompt = row.prompt
@@ -154,10 +151,11 @@ class Examination:
         if text in own:
             self._find(row, place, Reason.DUPLICATE, "the same text twice")
         elif len(text.split(maxsplit=NGRAM - 1)) == NGRAM:
-            where = f"demonstration {place} of {row.prompt.prompt_id!r}"
-            first = self._texts.setdefault(_digest(text), where)
-            if first != where:
-                self._find(row, place, Reason.DUPLICATE, f"the text of {first}")
+            key = (row.prompt.prompt_id, place)
+            first = self._texts.setdefault(_digest(text), key)
+            if first != key:
+                detail = f"the text of demonstration {first[1]} of {first[0]!r}"
+                self._find(row, place, Reason.DUPLICATE, detail)
         own.add(text)
 
     def _examine_tokens(self, row: TrainRow, place: int, demonstration: Demonstration) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
@@ -78,7 +78,6 @@ class Finding:
     prompt_id: str
     place: int | None
     reason: Reason
-    source: str
     detail: str = ""
 
     @property
@@ -103,13 +102,15 @@ class Decision:
 
 def decide(
     findings: Sequence[Finding],
-    demonstrations: Collection[Key],
+    places: Mapping[str, Sequence[int]],
     actions: Mapping[Reason, Action],
     *,
     every_prompt_demonstrated: bool = False,
 ) -> Decision:
-    """`demonstrations`: all that the training rows have. With `every_prompt_demonstrated`, rows that lose all of theirs
-    leave the training set."""
+    """`places`: those of all demonstrations, by prompt id.
+
+    With `every_prompt_demonstrated`, rows that lose all of theirs leave the training set.
+    """
     left_out: dict[str, Reason] = {}
     dropped: dict[Key, Reason] = {}
     order = {reason: i for i, reason in enumerate(Reason)}
@@ -120,13 +121,11 @@ def decide(
             left_out.setdefault(finding.prompt_id, finding.reason)
         else:
             dropped.setdefault((finding.prompt_id, finding.place), finding.reason)
-    for key in demonstrations:
-        if key[0] in left_out:
-            dropped[key] = left_out[key[0]]
+    for prompt_id, reason in left_out.items():
+        dropped |= dict.fromkeys(((prompt_id, i) for i in places.get(prompt_id, ())), reason)
     if every_prompt_demonstrated:
-        demonstrated = {key[0] for key in demonstrations if key not in dropped}
-        for prompt_id, _ in dropped:
-            if prompt_id not in demonstrated:
+        for prompt_id in dict.fromkeys(prompt_id for prompt_id, _ in dropped):
+            if all((prompt_id, i) in dropped for i in places[prompt_id]):
                 left_out.setdefault(prompt_id, Reason.UNDEMONSTRATED)
     refused = tuple(f for f in findings if actions[f.reason] == "refuse")
     return Decision(dropped, left_out, refused)

@@ -88,10 +88,11 @@ def make_report(
             shown.append(str(finding))
     sources = [_describe(name, source) for name, source in examination.sources.items()]
     found = [reason for reason in Reason if findings[reason]]
+    total = sum(s.demonstrations for s in sources)
     return AdmissionReport(
         rows=sum(s.rows for s in sources),
-        demonstrations=len(examination.demonstrations),
-        admitted=len(examination.demonstrations) - len(decision.dropped),
+        demonstrations=total,
+        admitted=total - len(decision.dropped),
         dropped=_count(decision.dropped.values()),
         left_out=_count(decision.left_out.values()),
         findings={reason.value: findings[reason] for reason in found},

@@ -148,7 +148,7 @@ def test_the_policy_drops_keeps_and_refuses(tmp_path: Path, tokenizer: Any) -> N
         actions = choose_actions(AdmissionConfig.model_validate(policy))
         decision = decide(
             examination.findings,
-            examination.demonstrations,
+            examination.places,
             actions,
             every_prompt_demonstrated=every,
         )
@@ -166,12 +166,12 @@ def test_the_policy_drops_keeps_and_refuses(tmp_path: Path, tokenizer: Any) -> N
 
 
 def test_wrong_ones_are_kept_where_they_are_what_trains() -> None:
-    findings = [Finding("a", 0, Reason.WRONG, "s")]
+    findings = [Finding("a", 0, Reason.WRONG)]
 
     def dropped(keep: bool, **policy: str) -> bool:
         config = AdmissionConfig.model_validate(policy)
         actions = choose_actions(config, keep_wrong=keep)
-        return bool(decide(findings, [("a", 0)], actions).dropped)
+        return bool(decide(findings, {"a": (0,)}, actions).dropped)
 
     assert dropped(False)
     assert not dropped(True)

@@ -45,6 +45,9 @@ def test_the_summary_tells_what_happened(chord_run):
     assert 0 <= summary["eval_after"]["accuracy"] <= 1
     assert summary["tokens"]["policy"] > 0
     assert summary["tokens"]["expert"] > 0
+    admission = summary["data"]["admission"]
+    assert admission["demonstrations"] == admission["admitted"] == summary["data"]["kept"] == 34
+    assert admission["right"] + admission["wrong"] == 34
     assert {"start", "rollout", "update", "sync", "eval", "export", "total"} <= set(
         summary["wall_seconds"]
     )
