@@ -197,7 +197,7 @@ def composed(inputs: Inputs, folder: Path, workers: OpenPool | None = None) -> I
 
         gold: list[str] = []
         data = load_prompts(inputs, model_path, folder / QUARANTINE_FILE)
-        if scorer is not None:
+        if recipe.reward is not None:
             gold = refuse_untrue(scorer, recipe.reward, inputs.records)
         admitted = admit(recipe, algorithm, data, scorer, folder)
         data.check_step(recipe.loop.prompts_per_step, most_expert_rows(inputs))
