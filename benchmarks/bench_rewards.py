@@ -3,8 +3,8 @@
     python benchmarks/bench_rewards.py --pairs 12
 
 Efficiency is verified samples/s of the pool over (processes / time of one call in this process), measured in turns
-(A B B A). For latency, samples arrive evenly at half of the pool's rate, once all of them healthy, once with 1 % that hang,
-eat memory, raise BaseException, exit or start processes; latency is from arrival to score.
+(A B B A). For latency, samples arrive evenly at half of the pool's rate, once all of them healthy, once with 1 % that
+hang, eat memory, raise BaseException, exit or start processes; latency is from arrival to score.
 """
 
 from __future__ import annotations
