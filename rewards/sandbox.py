@@ -106,7 +106,7 @@ class _Program:
         pipes = {name: os.pipe() for name in (*towards, "stdout", "replies", "status")}
         theirs = {name: pipe[name not in towards] for name, pipe in pipes.items()}
         self._ours = {name: pipe[name in towards] for name, pipe in pipes.items()}
-        job = self._job(folder, [theirs["requests"], theirs["replies"]])
+        job = self._job(folder, theirs)
         command = [sys.executable, "-I", "-S", sandbox_launcher.__file__]
         try:
             self._process = subprocess.Popen(
@@ -129,8 +129,11 @@ class _Program:
         self._out = {"job": bytearray(job), "stdin": bytearray(), "requests": bytearray()}
         self._in = {name: bytearray() for name in ("stdout", "replies", "status")}
 
-    def _job(self, folder: str, descriptors: list[int]) -> bytes:
-        inside = random.SystemRandom().sample(range(64, 250), 2)
+    def _job(self, folder: str, theirs: dict[str, int]) -> bytes:
+        # Never the number of a pipe that the launcher still needs: it would be closed under it.
+        free = sorted({*range(64, 250)} - {*theirs.values()})
+        inside = random.SystemRandom().sample(free, 2)
+        descriptors = [theirs["requests"], theirs["replies"]]
         namespaces = self._isolation == "namespaces"
         job = {
             "parent": os.getpid(),

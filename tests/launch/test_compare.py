@@ -237,7 +237,7 @@ def test_summary_fields_are_those_of_a_run():
         model=SimpleNamespace(path="m"),
         loop=LoopConfig(steps=4),
     )
-    streams = {"prompts": 3, "experts": 0}
+    streams = {"prompts": {"drawn": [3]}, "experts": {"drawn": [0]}}
     assert summary(0, 0, 0, 0).keys() <= summarize(recipe, state, streams, {}, 1.0).keys()
 
 

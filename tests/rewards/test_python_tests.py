@@ -349,3 +349,14 @@ def wait_until(condition) -> None:
     while not condition():
         assert time.monotonic() < deadline, "did not happen in time"
         time.sleep(0.05)
+
+
+def test_many_open_files_of_the_caller_are_no_trouble() -> None:
+    """The numbers of the pipes are drawn; they must not hit one another."""
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(150)]
+    try:
+        scores = [grade(GOOD, isolation="limits") for _ in range(40)]
+    finally:
+        for file in files:
+            os.close(file)
+    assert [score.reward for score in scores] == [1.0] * 40
