@@ -1,6 +1,6 @@
 """The gold test: a verifier must call its own gold answers right and corrupted ones wrong.
 
-A gold completion is the prompt's demonstration, or its answer in one of the `FORMS`, whichever the verifier takes; a
+A gold completion is the prompt's answer in one of the `FORMS`, or its demonstration, whichever the verifier takes; a
 corrupted one is the same text with another answer in it.
 """
 
@@ -112,8 +112,8 @@ def run_gold_test(scorer: ProcessScorer, prompts: Sequence[Prompt]) -> GoldRepor
 
     Raises what `ProcessScorer.score` raises.
     """
-    best = GoldReport(DEMONSTRATION)
-    for form in (DEMONSTRATION, *FORMS):
+    best = GoldReport(FORMS[0])
+    for form in (*FORMS, DEMONSTRATION):
         gold = list(_grade(scorer, prompts, lambda p, form=form: gold_completion(p, form)))
         report = GoldReport(form, gold)
         if not best.gold or sum(v.right for v in gold) > sum(v.right for v in best.gold):
@@ -150,8 +150,9 @@ class _Others:
         wrong = corrupt_answer(prompt.answer, self._answers)
         if form != DEMONSTRATION:
             return form.replace("{answer}", wrong)
-        before, found, after = gold.rpartition(prompt.answer)
-        return before + wrong + after if found else None
+        whole = rf"(?<!\w){re.escape(prompt.answer)}(?!\w)"
+        text = re.sub(whole, lambda _: wrong, gold)
+        return None if text == gold else text
 
 
 def corrupt_answer(answer: str, others: Iterable[str] = ()) -> str:

@@ -17,6 +17,8 @@ def boxed_only(prompt, completion):
     return float(completion.endswith("boxed{%s}" % prompt.answer))
 def always(prompt, completion):
     return 1.0
+def solution_only(prompt, completion):
+    return float(completion.endswith(f"twice: {prompt.answer} it is."))
 def never(prompt, completion):
     return 0.0
 def cannot_tell(prompt, completion):
@@ -93,11 +95,12 @@ def test_demonstrations_are_corrupted_at_their_answer(folder: Path) -> None:
         for i in range(10)
     ]
     write_rows(folder, rows)
-    report = check_reward(recipe("math"))
+    report = check_reward(recipe("checked_rewards:solution_only"))
     assert report.form == "demonstration"
     assert report.passes(0.0)
-    ends = {v.completion.partition(": ")[2] for v in report.corrupted}
-    assert ends <= {f"{i + 1} it is." for i in range(10)}
+    assert {v.completion for v in report.corrupted} <= {
+        f"Half of {i} twice: {i} it is." for i in range(11)
+    }
 
 
 def test_nothing_to_test_is_said(folder: Path) -> None:
