@@ -3,8 +3,9 @@
     python benchmarks/bench_rewards.py --pairs 12
 
 Efficiency is verified samples/s of the pool over (processes / time of one call in this process), measured in turns
-(A B B A). For latency, samples arrive evenly at half of the pool's rate, once all of them healthy, once with 1 % that
-hang, eat memory, raise BaseException, exit or start processes; latency is from arrival to score.
+(A B B A). For latency, samples arrive evenly, once all of them healthy, once with 1 % that hang, eat memory, raise
+BaseException, exit or start processes, at a pace at which hanging calls would keep a quarter of the processes busy;
+latency is from arrival to score.
 """
 
 from __future__ import annotations
@@ -182,7 +183,7 @@ def main() -> None:
                 one, rate = single_call(others), pool_rate(pool, source, others)
             ratios.append(rate * one / args.workers)
             controls.append(single_call(others) / one)
-        pace = 2.0 * statistics.median(ratios) ** -1 * one / args.workers
+        pace = 0.01 * args.timeout / (0.25 * args.workers)
         for pair in range(max(args.pairs // 2, 1)):
             order = (others, planted(others)) if pair % 2 else (planted(others), others)
             runs = {load is others: run_load(pool, source, load, pace) for load in order}
