@@ -2,7 +2,8 @@
 
 A prompt is the rendered template with its generation prompt. A response is the text tokenized as the
 continuation of that prompt, followed by the token with which the template closes an assistant turn,
-so that sampled and demonstrated responses end alike.
+so that sampled and demonstrated responses end alike. A conversation may have any number of turns; one that the template
+would leave out silently is refused.
 
 Text in a data row must never act as a control token. Whoever writes `<|im_end|><|im_start|>system`
 into a row would otherwise open a turn of his own. Escaping would change what the row says, so such a
@@ -128,9 +129,7 @@ class ChatFormat:
         roles = tuple(message["role"] for message in messages)
         expected = self._skeletons.get(roles)
         if expected is None:
-            harmless = [{"role": role, "content": _MARK} for role in roles]
-            expected = self._tokenize_prompt(self._render(harmless, add_generation_prompt=True))
-            self._skeletons[roles] = expected
+            expected = self._skeletons[roles] = self._tokenize_prompt(self._render_harmless(roles))
         control = self._control | self._added.intersection(expected)
         found = [token for token in ids if token in control]
         if found != [token for token in expected if token in control]:
@@ -138,6 +137,18 @@ class ChatFormat:
                 set(found), key=lambda token: expected.count(token) - found.count(token)
             )
             raise ControlTokenError(f"holds the control token {self._name(surplus[0])}")
+
+    def _render_harmless(self, roles: Sequence[str]) -> str:
+        """A conversation of these roles without control tokens; raises DataError where a turn does not show in it."""
+        contents = [f"{_MARK}{i}{_MARK}" for i in range(len(roles))]
+        turns = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
+        text = self._render(turns, add_generation_prompt=True)
+        for role, content in zip(roles, contents, strict=True):
+            if content not in text:
+                raise DataError(
+                    f"the model's chat template leaves out a turn of role {role!r} where the roles are {', '.join(roles)}"
+                )
+        return text
 
     def _find_end_id(self) -> int:
         """The first control token that the template writes after an assistant's content."""

@@ -136,7 +136,8 @@ class Columns(Section):
     prompt: str = "prompt"
     """Text of the user's turn."""
     messages: str = "messages"
-    """Used instead of `prompt` where present: a list of {role, content}."""
+    """Used instead of `prompt` where present: a list of {role, content} with any number of turns, of the roles system,
+    developer, user, assistant and tool. A last turn of the assistant is the demonstration."""
     answer: str = "answer"
     demonstration: str = "demonstration"
     """A text or a list of texts."""

@@ -29,6 +29,8 @@ from .rows import (
 
 MAX_ID = 500
 TOO_LONG_ID = f"id longer than {MAX_ID} characters"
+CALLS = ("tool_calls", "function_call")
+"""Keys of a message that say something beside its content."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 Message = Mapping[str, str]
@@ -382,6 +384,12 @@ def _conversation(value: object, column: str) -> tuple[Message, ...]:
             raise RowError(
                 WRONG_TYPE, f"{column}[{i}].role = {role!r}: choose one of {', '.join(ROLES)}"
             )
+        for key in CALLS:
+            if message.get(key):
+                raise RowError(
+                    CONTRADICTORY,
+                    f"{column}[{i}].{key} is not shown to the model: write the call into the content",
+                )
         messages.append(
             {"role": role, "content": _text(message.get("content"), f"{column}[{i}].content")}
         )

@@ -111,6 +111,44 @@ def test_template_that_refuses_a_role(tokenizer: Any) -> None:
         chat.encode_prompt([{"role": "system", "content": "x"}, *USER])
 
 
+TURNS = [
+    {"role": "system", "content": "Use the tool."},
+    *USER,
+    {"role": "assistant", "content": "add(2, 2)"},
+    {"role": "tool", "content": "4"},
+]
+
+
+def test_several_turns_are_what_the_template_gives(tokenizer: Any) -> None:
+    chat = ChatFormat(tokenizer)
+    for turns in (TURNS, [*TURNS, {"role": "assistant", "content": "It is 4."}, *USER]):
+        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        prompt = chat.encode_prompt(turns)
+        assert tokenizer.decode(prompt) == text
+        whole = tokenizer.apply_chat_template(
+            [*turns, {"role": "assistant", "content": "4"}], tokenize=False
+        )
+        assert tokenizer.decode(prompt + chat.encode_response(prompt, "4")) + "\n" == whole
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_every_turn_is_looked_at_for_control_tokens(tokenizer: Any, place: int) -> None:
+    turns = [dict(turn) for turn in TURNS]
+    turns[place]["content"] += "<|im_end|>"
+    with pytest.raises(ControlTokenError, match="im_end"):
+        ChatFormat(tokenizer).encode_prompt(turns)
+
+
+def test_a_turn_that_the_template_leaves_out_is_refused(tokenizer: Any) -> None:
+    template = "{% for m in messages if m.role != 'tool' %}<|im_start|>{{ m.content | trim }}<|im_end|>{% endfor %}"
+    chat = ChatFormat(with_template(tokenizer, template))
+    chat.encode_prompt(TURNS[:3])
+    with pytest.raises(
+        DataError, match="leaves out a turn of role 'tool' where the roles are system,"
+    ):
+        chat.encode_prompt(TURNS)
+
+
 def test_too_long(tokenizer: Any) -> None:
     chat = ChatFormat(tokenizer)
     length = len(chat.encode_prompt(USER))

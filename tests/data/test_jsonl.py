@@ -75,6 +75,10 @@ BAD_ROWS = {
     "message": ({"messages": ["hi"]}, "messages[0] must be an object"),
     "role": ({"messages": [{"role": "human", "content": "a"}]}, "messages[0].role = 'human'"),
     "content": ({"messages": [{"role": "user"}]}, "'messages[0].content' must be a text"),
+    "tool call": (
+        {"messages": [{"role": "assistant", "content": "a", "tool_calls": [{"function": {}}]}]},
+        "messages[0].tool_calls is not shown to the model: write the call into the content",
+    ),
     "no user": ({"messages": [{"role": "assistant", "content": "a"}]}, "no user message"),
 }
 
@@ -158,6 +162,39 @@ def test_conversation_that_ends_with_the_reply(tmp_path: Path) -> None:
     assert record.demonstrations == ("4",)
     with pytest.raises(DataError, match="keep one of them"):
         read(tmp_path, {"messages": turns, "demonstration": "4"})
+
+
+TURNS = [
+    {"role": "system", "content": "Use the tool."},
+    {"role": "user", "content": "2+2?"},
+    {"role": "assistant", "content": "add(2, 2)", "tool_calls": None},
+    {"role": "tool", "content": "4", "name": "add"},
+]
+
+
+def test_conversations_of_several_turns(tmp_path: Path) -> None:
+    """The prompt is all but the last reply; templates go around the last user message."""
+    shown = [{"role": m["role"], "content": m["content"]} for m in TURNS]
+    (record,) = read(tmp_path, {"messages": TURNS}, prompt_template="Q: {prompt}")
+    assert record.messages == (shown[0], {"role": "user", "content": "Q: 2+2?"}, *shown[2:])
+    assert record.demonstrations == ()
+    reply = {"role": "assistant", "content": "It is 4."}
+    more = {"role": "user", "content": "And 3+3?"}
+    first, second, third = read(
+        tmp_path,
+        {"messages": [*TURNS, reply]},
+        {"messages": [*TURNS, reply, more]},
+        {"messages": [*TURNS, reply, more], "demonstration": ["6", "six"]},
+        prompt_template="Q: {prompt}",
+        demonstration_template="A: {demonstration}",
+    )
+    assert first.messages == record.messages
+    assert first.demonstrations == ("A: It is 4.",)
+    assert [m["content"] for m in second.messages[1:]] == [
+        "2+2?", "add(2, 2)", "4", "It is 4.", "Q: And 3+3?",
+    ]  # fmt: skip
+    assert second.demonstrations == ()
+    assert third.demonstrations == ("A: 6", "A: six")
 
 
 def test_templates(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from plait.launch.model import PACKAGED, is_complete, materialize, open_gguf
-from plait.rollouts.chat import ChatFormat
+from plait.rollouts.chat import ChatFormat, ControlTokenError
 
 NAME = "smollm2-135m-instruct"
 
@@ -136,6 +136,31 @@ def test_tokenizer(tokenizer: Any) -> None:
     assert tokenizer.decode(prompt).endswith("user\n2+2?<|im_end|>\n<|im_start|>assistant\n")
     for text in ("a , b .", "so:\n\n1. First  12 don 't", "é漢🙂"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_conversations_of_several_turns(tokenizer: Any) -> None:
+    """A tool's turn and earlier replies are written as the template does, its own system turn first."""
+    chat = ChatFormat(tokenizer)
+    turns = [
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": "add(2, 2)"},
+        {"role": "tool", "content": "4"},
+    ]
+    prompt = chat.encode_prompt(turns)
+    assert tokenizer.decode(prompt) == (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\nadd(2, 2)<|im_end|>\n"
+        "<|im_start|>tool\n4<|im_end|>\n<|im_start|>assistant\n"
+    )
+    whole = tokenizer.apply_chat_template(
+        [*turns, {"role": "assistant", "content": "It is 4."}], tokenize=False
+    )
+    assert tokenizer.decode(prompt + chat.encode_response(prompt, "It is 4.")) + "\n" == whole
+    for place in range(3):
+        evil = [dict(turn) for turn in turns]
+        evil[place]["content"] += "<|im_end|>"
+        with pytest.raises(ControlTokenError):
+            chat.encode_prompt(evil)
 
 
 @pytest.mark.parametrize(
