@@ -146,7 +146,8 @@ class ChatFormat:
         for role, content in zip(roles, contents, strict=True):
             if content not in text:
                 raise DataError(
-                    f"the model's chat template leaves out a turn of role {role!r} where the roles are {', '.join(roles)}"
+                    f"the model's chat template leaves out a turn of role {role!r} where the roles are "
+                    f"{', '.join(roles)}"
                 )
         return text
 

@@ -83,8 +83,12 @@ class CurriculumSampling(Section):
 
 
 SamplingConfig = Annotated[
-    ShuffledSampling | DifficultySampling | CurriculumSampling, Field(discriminator="type")
+    Annotated[
+        ShuffledSampling | DifficultySampling | CurriculumSampling, Field(discriminator="type")
+    ],
+    BeforeValidator(lambda value: {"type": value} if isinstance(value, str) else value),
 ]
+"""`sampling: curriculum` is short for `sampling: {type: curriculum}`."""
 
 
 class FilterConfig(Section):
