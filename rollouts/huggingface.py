@@ -29,6 +29,8 @@ FILE_FORMATS = {
 }
 LISTS = ("README.md", "state.json", "dataset_info.json", "dataset_dict.json")
 """Files of a folder that may name others."""
+NAMING = ("_data_files", "_indices_data_files", "_indices_files", "splits")
+"""What they name them by; a split is a folder."""
 
 
 def open_table(config: HuggingFaceRows) -> TableRows:
@@ -111,7 +113,7 @@ def _listed_files(path: Path) -> Iterator[str]:
             content = content.get("configs") if isinstance(content, dict) else None
         else:
             content = json.loads(text)
-            content = content.get("_data_files") if isinstance(content, dict) else None
+            content = [content.get(k) for k in NAMING] if isinstance(content, dict) else None
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
     yield from _texts(content)

@@ -13,7 +13,9 @@ from ..engine.errors import DataError
 from .admission import TrainRow
 from .data_report import Ledger
 from .encoder import Encoder, why_unusable
+from .quarantine import shorten
 from .records import Part, Record, Records
+from .rows import MAX_DETAIL
 from .split import text_key
 
 
@@ -77,7 +79,7 @@ def usable(
         try:
             row = encoder.encode(record, ledger)
         except DataError as error:
-            ledger.drop(records, i, why_unusable(error), str(error))
+            ledger.drop(records, i, why_unusable(error), shorten(str(error), MAX_DETAIL))
         else:
             yield i, record, row
 

@@ -92,6 +92,16 @@ def test_a_saved_set_that_lists_other_files_is_refused(home: Path) -> None:
         read(saved)
 
 
+def test_splits_are_folders_of_the_set(home: Path) -> None:
+    datasets.Dataset.from_list([SECRET]).save_to_disk(home.parent / "outside")
+    saved = home / "saved"
+    datasets.DatasetDict({"train": datasets.Dataset.from_list([ROW])}).save_to_disk(saved)
+    assert read(saved) == ["2+2?"]
+    (saved / "dataset_dict.json").write_text('{"splits": ["../../outside"]}')
+    with pytest.raises(DataError, match=r"dataset_dict\.json: names '\.\./\.\./outside'"):
+        read(saved, split="../../outside")
+
+
 @pytest.mark.parametrize("with_rows", [True, False])
 def test_no_code_of_a_data_set_runs(home: Path, with_rows: bool) -> None:
     """A script by the folder's name, which old versions of `datasets` ran."""

@@ -165,3 +165,18 @@ def test_amft_measures_its_meta_gradient_in_the_loop(tiny_model, tmp_path, monke
         assert row["ledger/demonstrations_unused/validation"] == pytest.approx(3 / 7)
     assert rows[2]["main/mu"] == rows[1]["algorithm/next_mu"] != 0.5
     assert state["mu"] == rows[2]["algorithm/next_mu"]
+
+
+def test_the_data_sees_what_was_rolled_out(tiny_model, tmp_path, monkeypatch):
+    """Once a step, before rows are made of it; what the data says of itself is in the step's metrics."""
+    seen = []
+
+    def observe(self, groups):
+        seen.append({group.prompt.prompt_id: group.rewards for group in groups})
+
+    monkeypatch.setattr(Stream, "observe", observe)
+    monkeypatch.setattr(Stream, "metrics", lambda self: {"data/visited": 4 * len(seen)})
+    rows, _, _ = play("prefix_rft", tiny_model, tmp_path, monkeypatch)
+    assert [row["data/visited"] for row in rows] == [4, 8, 12]
+    assert [list(step) for step in seen] == [[f"p{4 * i + j}" for j in range(4)] for i in range(3)]
+    assert seen[0]["p0"] == (0.0, 0.0)
