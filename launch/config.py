@@ -350,6 +350,13 @@ def contradictions(recipe: Recipe) -> list[Problem]:
         "required: rollouts and evaluation are scored; name one, for example math, "
         "or set eval.num_prompts = 0 for supervised training without evaluation",
     )
+    observing = recipe.data.observing
+    check(
+        observing is None or any(map(samples_rollouts, algorithm.sections.values())),
+        f"data.{observing}",
+        ...,
+        f"chooses prompts by how their rollouts went, and algorithm.type = {algorithm.type!r} has none; leave it out",
+    )
     if isinstance(algorithm, StagesConfig):
         begins, steps = algorithm.starts[-1], recipe.loop.steps
         check(

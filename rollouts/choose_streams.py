@@ -18,9 +18,9 @@ from .usable import Usable, parts_of
 
 def make_attempts(config: DataConfig, n: int) -> Attempts | None:
     """None where nothing asks what the run observed."""
-    sampling = config.sampling
-    if config.filter is None and not isinstance(sampling, DifficultySampling):
+    if config.observing is None:
         return None
+    sampling = config.sampling
     memory = sampling.memory if isinstance(sampling, DifficultySampling) else 0.0
     return Attempts(n, memory, config.filter)
 

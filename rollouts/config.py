@@ -123,6 +123,13 @@ class DrawSection(Section):
     """null: every prompt is drawn for ever."""
     admission: AdmissionConfig = AdmissionConfig()
 
+    @property
+    def observing(self) -> Literal["sampling", "filter"] | None:
+        """The field that depends on how rollouts of the prompts went."""
+        if isinstance(self.sampling, DifficultySampling):
+            return "sampling"
+        return None if self.filter is None else "filter"
+
 
 class WordsSection(Section):
     """How rows become conversations."""

@@ -73,6 +73,15 @@ def test_short_form_of_sampling() -> None:
     assert isinstance(data.sampling, DifficultySampling)
 
 
+@pytest.mark.parametrize("asked", [{"sampling": "difficulty"}, {"filter": {"solved_after": 2}}])
+def test_rates_need_rollouts(asked: dict[str, Any]) -> None:
+    data = {"type": "jsonl", "path": "a", **asked}
+    (field,) = asked
+    with pytest.raises(ConfigError, match=f"data.{field}: .*algorithm.type = 'sft' has none"):
+        validate({**RECIPE, "algorithm": {"type": "sft"}, "data": data})
+    assert validate({**RECIPE, "data": data}).data.observing == field
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
