@@ -46,7 +46,7 @@ class BadRows:
                 "source": self._rows.name,
                 "where": self._rows.where(index),
                 "prompt_id": None,
-                "reason": f"{reason}: {detail}",
+                "reason": detail if detail.startswith(reason) else f"{reason}: {detail}",
                 "row": self._read(index),
             }
 

@@ -81,7 +81,8 @@ def test_every_hostile_row_is_counted_by_its_reason(tmp_path: Path, tokenizer: A
     assert (report.kept, report.held_out) == (18, 3)
     assert len(str(report)) < 6000, "ten megabytes do not reach the log"
     written = read_lines(quarantine)
-    assert Counter(row["reason"].partition(":")[0] for row in written) == expected
+    begins = [next(r for r in expected if row["reason"].startswith(r)) for row in written]
+    assert Counter(begins) == expected
     assert quarantine.stat().st_size < 60_000
     where = {row["where"]: row for row in written}
     assert where["line 2"]["row"] == '{"prompt": "2+2?"'
