@@ -21,6 +21,7 @@ REWARDS: "dict[str, str | RewardFn]" = {
     "boxed_math": "plait.rewards.math:grade_boxed_math",
     "exact": "plait.rewards.exact:grade_exact",
     "format": "plait.rewards.format:grade_format",
+    "judge": "plait.rewards.judge:grade_judge",
     "json_schema": "plait.rewards.json_schema:grade_json_schema",
     "math": "plait.rewards.math:grade_math",
     "multiple_choice": "plait.rewards.multiple_choice:grade_multiple_choice",

@@ -15,7 +15,13 @@ from plait.rewards import REWARDS, resolve
 
 @pytest.mark.parametrize("name", sorted(REWARDS))
 def test_built_in_names(name: str) -> None:
-    assert callable(resolve(name))
+    needed = {"judge": {"base_url": "http://127.0.0.1/v1", "model": "m"}}
+    assert callable(resolve(name, options=needed.get(name)))
+
+
+def test_a_needed_option_that_is_missing_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"reward\.function = 'judge': .*'base_url'"):
+        resolve("judge")
 
 
 def test_a_function_in_the_dictionary(monkeypatch: pytest.MonkeyPatch) -> None:
