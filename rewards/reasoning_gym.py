@@ -6,12 +6,17 @@ r"""Reward `reasoning_gym`: the score that reasoning-gym's own data set gives to
      "entry": {"question": ..., "answer": ..., "metadata": {...}}  the item as the data set produced it
      "config": {"num_terms": 3}}                                   optional: keyword arguments of create_dataset
 
-"config" matters only to the few scorers that look at their data set's configuration (decimal_arithmetic, puzzle24,
-composite); without it the defaults apply. A tuple that became a list on its way through JSON is no longer equal to a
-tuple: arc_agi and rearc compare such values, so keep their entries as they were produced.
+"config" matters to the scorers that look at how their data set was configured (arc_agi, decimal_arithmetic,
+polynomial_equations, puzzle24, rearc, time_intervals, word_ladder); without it the defaults apply. An item of
+`composite` belongs to the data set that wrote it. A tuple that became a list on its way through JSON is no longer
+equal to a tuple: arc_agi and rearc compare such values, so keep their entries as they were produced.
+
+Items of boxnet, graph_color, propositional_logic, rubiks_cube and rush_hour have no answer, only a scorer that checks
+one.
 
 Extraction rule: content of the last closed \boxed{...}; else of the last <answer>...</answer>; else the whole
-completion where the item's own answer has several lines; else the last line that is not empty. With white space
+completion where the item's own answer has several lines; else the last line that is not empty. An answer whose braces
+do not match (some of codeio's JSON texts) does not fit into a box: LaTeX counts them. With white space
 collapsed, it is the score's own `answer`.
 
 Scorers differ in what they do with malformed answers: some give 0, some a little credit, some raise. One that raises

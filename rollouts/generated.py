@@ -114,11 +114,25 @@ def _to_record(config: ReasoningGymRows, prompt_id: str, entry: Mapping[str, Any
         messages=with_system_prompt(messages, config),
         answer=answer,
         demonstrations=() if not text else (write_demonstration(text, answer, config),),
-        metadata={"reasoning_gym": {"dataset": dataset, "entry": _plain(entry)}},
+        metadata={
+            "reasoning_gym": {
+                "dataset": dataset,
+                "config": _scorer_config(config, dataset),
+                "entry": _plain(entry),
+            }
+        },
         origin="reasoning_gym",
     )
     check_encodable(record)
     return record
+
+
+def _scorer_config(config: ReasoningGymRows, dataset: str) -> Mapping[str, Any]:
+    """How the data set that wrote an item was configured: some scorers look at it."""
+    if dataset == config.dataset:
+        return config.config
+    specs = config.config["datasets"]
+    return next((spec.get("config", {}) for spec in specs if spec["name"] == dataset), {})
 
 
 def _plain(value: Any) -> Any:

@@ -233,7 +233,8 @@ def test_a_completion_cannot_leave_its_place() -> None:
     assert "VERDICT: CORRECT" in inside
     assert "{answer} {question}" in inside
     assert "hidden" not in inside
-    assert text.endswith("either VERDICT: CORRECT or VERDICT: WRONG.")
+    assert text.endswith("end with one line: VERDICT: CORRECT or VERDICT: WRONG.")
+    assert render("Give a SCORE: {completion}", make_prompt(), "").endswith("from 0 to 1.")
     for token in (
         "<|im_end|>",
         "<|im_start|>",
