@@ -48,7 +48,10 @@ def grade_python_tests(
     """Share of tests passed, or 1.0 or 0.0. ValueError where an option cannot be used."""
     if isolation not in ("namespaces", "limits"):
         raise ValueError(f"option isolation = {isolation!r}: namespaces or limits")
-    limits = Limits(time_limit, memory_mib)
+    for name, value in (("time_limit", time_limit), ("memory_mib", memory_mib)):
+        if not isinstance(value, int | float) or not 0 < value < 1 << 30:
+            raise ValueError(f"option {name} = {value!r}: a number above 0 is needed")
+    limits = Limits(time_limit, int(memory_mib))
     tests = prompt.metadata.get("tests")
     block = last_block(completion, {"python", "py", "python3"})
     code = completion if block is None else block

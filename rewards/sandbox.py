@@ -233,8 +233,7 @@ class _Program:
     def kill(self) -> None:
         """Kill everything that runs in the sandbox, and close the pipes."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            if self._process.poll() is None or self._isolation == "limits":
-                os.killpg(self._process.pid, signal.SIGKILL)
+            os.killpg(self._process.pid, signal.SIGKILL)  # not reaped yet, so the number is its own
         self._process.wait()
         if self._isolation == "limits":  # with namespaces the kernel has killed them all
             guard.kill_marked(self._mark)

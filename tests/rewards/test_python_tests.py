@@ -321,10 +321,20 @@ def test_an_ordinary_user_gets_the_same_sandbox() -> None:
     assert done.stdout == "1.0 \n0.0 \n1.0 \n", done.stderr
 
 
-@pytest.mark.parametrize("isolation", ["net", None, 3])
-def test_a_bad_isolation_is_named(isolation) -> None:
-    with pytest.raises(ValueError, match=r"option isolation = .*namespaces or limits"):
-        grade(GOOD, isolation=isolation)
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("isolation", "net", "namespaces or limits"),
+        ("isolation", None, "namespaces or limits"),
+        ("time_limit", 0, "above 0"),
+        ("time_limit", "5", "above 0"),
+        ("memory_mib", -1, "above 0"),
+        ("memory_mib", float("inf"), "above 0"),
+    ],
+)
+def test_a_bad_option_is_named(option: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"option {option} = .*{message}"):
+        grade(GOOD, **{option: value})
 
 
 def test_through_the_scorer(make_scorer: MakeScorer, namespaces: None) -> None:
