@@ -16,70 +16,72 @@ import sys
 import types
 
 
-def take(read, fd, count):
+def take(fd: int, count: int) -> bytes:
     data = b""
     while len(data) < count:
-        piece = read(fd, count - len(data))
+        piece = os.read(fd, count - len(data))
         if not piece:
             raise EOFError
         data += piece
     return data
 
 
-def take_text(read, fd, from_bytes=int.from_bytes):
-    return take(read, fd, from_bytes(take(read, fd, 4), "big")).decode()
+def take_text(fd: int) -> str:
+    return take(fd, int.from_bytes(take(fd, 4), "big")).decode()
 
 
-def module(name):
+def new_module(name: str) -> dict:
     made = types.ModuleType(name)
     sys.modules[name] = made
     return made.__dict__
 
 
-def run_tests(code, requests, replies):
+def run_tests(code: str, requests: int, replies: int) -> None:
     read, write, leave, execute, compile_ = os.read, os.write, os._exit, exec, compile
-    take_text_, settrace, setprofile = take_text, sys.settrace, sys.setprofile
-    wrong, is_callable, number = BaseException, callable, str
-    pristine = dict(vars(builtins))
-    names = module("solution")
+    settrace, setprofile, is_callable = sys.settrace, sys.setprofile, callable
+    any_error, restore, pristine = BaseException, vars(builtins).update, dict(vars(builtins))
+    names = new_module("solution")
     null = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1):
         os.dup2(null, standard)
     try:
         execute(compile_(code, "solution.py", "exec"), names)
-    except wrong:
+    except any_error:
         leave(1)
+    restore(pristine)
+    settrace(None)
+    setprofile(None)
+    os.read = read
     write(replies, b"ran\n")
-    token = take_text_(read, requests)
-    count = int(take_text_(read, requests))
+    token, count = take_text(requests), int(take_text(requests))
     for index in range(count):
-        test = take_text_(read, requests)
-        passed = b"1"
+        test, passed = take_text(requests), 1
+        try:
+            before = set(names)
+            execute(compile_(test, "test.py", "exec"), names)
+            for name in [n for n in names if n.startswith("test") and n not in before]:
+                if is_callable(names[name]):
+                    names[name]()
+        except any_error:
+            passed = 0
+        restore(pristine)
         settrace(None)
         setprofile(None)
-        vars(builtins).update(pristine)
-        try:
-            before = dict(names)
-            execute(compile_(test, "test.py", "exec"), names)
-            for name in [name for name in names if name.startswith("test")]:
-                if name not in before and is_callable(names[name]):
-                    names[name]()
-        except wrong:
-            passed = b"0"
-        write(replies, token.encode() + b" " + number(index).encode() + b" " + passed + b"\n")
+        os.read = read
+        write(replies, f"{token} {index} {passed}\n".encode())
     leave(0)
 
 
-def main():
+def main() -> None:
     requests, replies = int(sys.argv[1]), int(sys.argv[2])
     sys.argv[:] = sys.orig_argv[:] = ["main.py"]
     os.write(replies, b"up\n")
-    kind, code = take_text(os.read, requests), take_text(os.read, requests)
+    kind, code = take_text(requests), take_text(requests)
     if kind == "module":
         run_tests(code, requests, replies)
     os.close(requests)
     os.close(replies)
-    exec(compile(code, "main.py", "exec"), module("__main__"))
+    exec(compile(code, "main.py", "exec"), new_module("__main__"))
 
 
 main()
