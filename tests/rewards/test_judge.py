@@ -300,7 +300,12 @@ def vllm_server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         "--max-num-seqs",
         "4",
     ]
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
     with log.open("wb") as file:
         process = subprocess.Popen(
             command, env=environment, stdout=file, stderr=file, start_new_session=True
@@ -325,9 +330,7 @@ def _answers(url: str) -> bool:
         return False
 
 
-def test_a_local_vllm_server(
-    vllm_server: str, make_scorer: MakeScorer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_local_vllm_server(vllm_server: str, make_scorer: MakeScorer) -> None:
     """A random model says nothing of sense: UNKNOWN; made to choose between two verdicts, it gives one."""
     options: dict[str, Any] = {"base_url": vllm_server, "model": "tiny", "max_tokens": 16}
     babble = asyncio.run(grade_judge(make_prompt(), "so 4", **options))
