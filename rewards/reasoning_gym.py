@@ -19,11 +19,18 @@ completion where the item's own answer has several lines; else the last line tha
 do not match (some of codeio's JSON texts) does not fit into a box: LaTeX counts them. With white space
 collapsed, it is the score's own `answer`.
 
+Nine scorers evaluate the answer as Python (`_EVALUATED`). There, an answer with anything but arithmetic, a plain list
+or a formula is wrong and never reaches the scorer, which would run it.
+
+Two scorers accept what is wrong, so more is asked: game_of_life_halting takes any text, here it is the item's own
+word; puzzle24 takes any four numbers, here they are the item's.
+
 Scorers differ in what they do with malformed answers: some give 0, some a little credit, some raise. One that raises
 gives 0 here, provided that it accepts the item's own answer; otherwise the error stands and the score is UNKNOWN.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
@@ -35,6 +42,24 @@ from ..engine.types import Prompt, Score
 from .answers import last_boxed, plain
 
 _KEY = "reasoning_gym"
+_ARITHMETIC = re.compile(r"[0-9+\-*/^().,=\s]*")
+_LIST = re.compile(r"[^()]*")  # nothing runs without a call
+_FORMULA = re.compile(
+    r"(?:(?:a?(?:sin|cos|tan)h?|sec|csc|cot|exp|log|ln|sqrt|Abs|erf|pi|[A-Za-z])(?![A-Za-z_])"
+    r"|[0-9+\-*/^().,=\s])*"
+)
+_EVALUATED = {
+    "binary_matrix": _LIST,
+    "countdown": _ARITHMETIC,
+    "intermediate_integration": _FORMULA,
+    "n_queens": _LIST,
+    "polynomial_multiplication": _FORMULA,
+    "puzzle24": _ARITHMETIC,
+    "simple_integration": _FORMULA,
+    "spiral_matrix": _LIST,
+    "string_insertion": _LIST,
+}
+"""Data sets whose scorer evaluates answers, and what an answer to them may look like."""
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, SyntaxError, TypeError, ValueError)
 
 
@@ -47,6 +72,8 @@ def grade_reasoning_gym(prompt: Prompt, completion: str) -> Score:
     score_answer = _scorer(item["dataset"], json.dumps(item.get("config") or {}, sort_keys=True))
     given = extract(completion, entry)
     shown = " ".join(given.split())
+    if not _is_admissible(item["dataset"], given, entry):
+        return Score.ok(0.0, answer=shown)
     try:
         return Score.ok(score_answer(given, entry), answer=shown)
     except _MALFORMED:
@@ -66,6 +93,19 @@ def extract(completion: str, entry: Mapping[str, Any]) -> str:
     if "\n" in str(entry.get("answer") or "").strip():
         return completion
     return completion.rpartition("\n")[2].strip()
+
+
+def _is_admissible(dataset: str, given: str, entry: Mapping[str, Any]) -> bool:
+    """Whether the data set's own scorer may see the answer."""
+    form = _EVALUATED.get(dataset)
+    if form is not None and not form.fullmatch(given):
+        return False
+    if dataset == "game_of_life_halting":
+        return given.strip().casefold() == str(entry["answer"]).casefold()
+    if dataset == "puzzle24":
+        used = sorted(map(int, re.findall(r"[0-9]{1,9}", given)))
+        return used == sorted(entry["metadata"]["numbers"])
+    return True
 
 
 @lru_cache(maxsize=256)

@@ -1,6 +1,7 @@
 """Reward `judge`: verdicts, retries, cache and injection, against a small server; and against vLLM."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -45,7 +46,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.server.bodies.append(body)
-        self.server.headers.append(dict(self.headers))
+        self.server.headers.append({name.lower(): text for name, text in self.headers.items()})
         step = self.server.plan.pop(0) if len(self.server.plan) > 1 else self.server.plan[0]
         if callable(step):
             step = step(body)
@@ -284,13 +285,14 @@ def test_through_the_scorer(server: Server, make_scorer: MakeScorer, tmp_path: P
 
 @pytest.fixture(scope="module")
 def vllm_server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """`vllm serve` of the tiny model on the CPU, in a session of its own."""
+    """What `vllm serve` starts (its own command line looks for a package of another name), with the tiny model."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("vllm") / "log"
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(tiny_model)]
-    command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(tiny_model), "--served-model-name", "tiny"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
     command += [
         "--enforce-eager",
         "--dtype",
@@ -318,7 +320,8 @@ def vllm_server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> I
             time.sleep(0.5)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 

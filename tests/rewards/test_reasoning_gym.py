@@ -1,6 +1,7 @@
 """Reward `reasoning_gym`: the data sets' own scores, and the extraction rule."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from reasoning_gym.factory import DATASETS
 
 from plait.engine.types import Prompt, Score, ScoreStatus
 from plait.rewards.answers import last_boxed
-from plait.rewards.reasoning_gym import extract, grade_reasoning_gym
+from plait.rewards.reasoning_gym import _EVALUATED, extract, grade_reasoning_gym
 from plait.rollouts.config import ReasoningGymData
 from plait.rollouts.readers import read_records
 
@@ -54,6 +55,40 @@ def test_every_data_set(dataset: str) -> None:
             score = grade_reasoning_gym(prompt, wrong)
             assert score.reward is not None, (wrong, score)
             assert score.reward < 1.0 or wrong == gold, wrong
+
+
+@pytest.mark.parametrize("dataset", sorted(_EVALUATED))
+def test_no_answer_is_run_as_python(dataset: str, tmp_path: Path) -> None:
+    (item, *_) = make_items(dataset)
+    prompt = make_prompt(answer=item["entry"]["answer"], metadata={"reasoning_gym": item})
+    canary = tmp_path / "canary"
+    call = f"open({str(canary)!r}, 'w')"
+    full_width = call.replace("open", "\uff4f\uff50\uff45\uff4e")
+    for attack in (
+        call,
+        f"[{call}]",
+        f"24 + {call}",
+        f"__import__('os').mkdir({str(canary)!r})",
+        full_width,
+    ):
+        for form in ("{}", "<answer>{}</answer>"):
+            assert grade_reasoning_gym(prompt, form.format(attack)).reward == 0.0
+    assert not canary.exists()
+
+
+def test_scorers_that_accept_what_is_wrong() -> None:
+    (item, *_) = make_items("game_of_life_halting")
+    prompt = make_prompt(metadata={"reasoning_gym": item})
+    gold = item["entry"]["answer"]
+    wrong = {"True": "False", "False": "True"}[gold]
+    rewards = [
+        grade_reasoning_gym(prompt, text).reward for text in (gold, gold.lower(), wrong, "x")
+    ]
+    assert rewards == [1.0, 1.0, 0.0, 0.0]
+    entry = {"question": "", "answer": "(1 + 3) * (4 + 2)", "metadata": {"numbers": [3, 1, 4, 2]}}
+    prompt = make_prompt(metadata={"reasoning_gym": {"dataset": "puzzle24", "entry": entry}})
+    texts = ("4*3*2*1", "6*4*1*1", "4*3*2", "24")
+    assert [grade_reasoning_gym(prompt, text).reward for text in texts] == [1.0, 0.0, 0.0, 0.0]
 
 
 def make_items(dataset: str) -> list[dict[str, Any]]:
