@@ -173,6 +173,7 @@ async def _ask(
     """The text of the reply. Raises JudgeError."""
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     url = f"{base_url.rstrip('/')}/chat/completions"
+    problem = "none was made"
     for attempt in range(max_retries + 1):
         retry_after = ""
         try:

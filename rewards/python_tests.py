@@ -26,7 +26,8 @@ searches the frames of its callers, or returns objects that equal everything, pa
 
 import ast
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
 from ..engine.types import Prompt, Score
 from .answers import last_block
@@ -52,54 +53,47 @@ def grade_python_tests(
         if not isinstance(value, int | float) or not 0 < value < 1 << 30:
             raise ValueError(f"option {name} = {value!r}: a number above 0 is needed")
     limits = Limits(time_limit, int(memory_mib))
-    tests = prompt.metadata.get("tests")
     block = last_block(completion, {"python", "py", "python3"})
     code = completion if block is None else block
     try:
-        if _are_pairs(tests):
-            passed = _count_pairs(
-                code, [(t["input"], t["output"]) for t in tests], limits, isolation
-            )
-        else:
-            passed = _count_texts(code, _texts(tests), limits, isolation)
+        pairs, texts = _read(prompt.metadata.get("tests"))
+        passed = (
+            _count_pairs(code, pairs, limits, isolation)
+            if pairs
+            else _count_texts(code, texts, limits, isolation)
+        )
     except (SandboxError, _BadTests) as error:
         return Score.unknown(str(error))
-    reward = passed / len(tests) if partial else passed == len(tests)
-    return Score.ok(reward, {"passed": passed, "total": len(tests)})
+    total = len(pairs) + len(texts)
+    reward = passed / total if partial else passed == total
+    return Score.ok(reward, {"passed": passed, "total": total})
 
 
 class _BadTests(Exception):
     """metadata["tests"] cannot be used."""
 
 
-def _are_pairs(tests: object) -> bool:
-    return (
-        _is_list(tests)
-        and len(tests) > 0
-        and all(
-            isinstance(test, Mapping)
-            and isinstance(test.get("input"), str)
-            and isinstance(test.get("output"), str)
-            for test in tests
-        )
+def _read(tests: object) -> tuple[list[Pair], tuple[str, ...]]:
+    """The tests as pairs or as texts; one of the two is empty. Raises _BadTests."""
+    items: list[Any] = list(tests) if isinstance(tests, list | tuple) else []
+    pairs: list[Any] = [(t.get("input"), t.get("output")) for t in items if isinstance(t, Mapping)]
+    if items and len(pairs) == len(items):
+        if all(isinstance(text, str) for pair in pairs for text in pair):
+            return pairs, ()
+    elif items and all(isinstance(text, str) for text in items):
+        for i, text in enumerate(items):
+            _check_python(i, text)
+        return [], tuple(items)
+    raise _BadTests(
+        'the prompt has no metadata["tests"] that is a list of Python texts, or of {"input", "output"} texts'
     )
 
 
-def _texts(tests: object) -> tuple[str, ...]:
-    if not _is_list(tests) or not tests or not all(isinstance(test, str) for test in tests):
-        raise _BadTests(
-            'the prompt has no metadata["tests"] that is a list of Python texts, or of {"input", "output"} texts'
-        )
-    for i, test in enumerate(tests):
-        try:
-            ast.parse(test)
-        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            raise _BadTests(f'metadata["tests"][{i}] is no Python: {error}') from error
-    return tuple(tests)
-
-
-def _is_list(tests: object) -> bool:
-    return isinstance(tests, Sequence) and not isinstance(tests, str)
+def _check_python(index: int, text: str) -> None:
+    try:
+        ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise _BadTests(f'metadata["tests"][{index}] is no Python: {error}') from error
 
 
 def _count_texts(code: str, tests: tuple[str, ...], limits: Limits, isolation: Isolation) -> int:

@@ -45,7 +45,7 @@ _KEY = "reasoning_gym"
 _ARITHMETIC = re.compile(r"[0-9+\-*/^().,=\s]*")
 _LIST = re.compile(r"[^()]*")  # nothing runs without a call
 _FORMULA = re.compile(
-    r"(?:(?:a?(?:sin|cos|tan)h?|sec|csc|cot|exp|log|ln|sqrt|Abs|erf|pi|[A-Za-z])(?![A-Za-z_])"
+    r"(?:(?:a?(?:sin|cos|tan)h?|sec|csc|cot|exp|log|ln|sqrt|Abs|erf|[ESC]i|li|Integral|pi|[A-Za-z])(?![A-Za-z_])"
     r"|[0-9+\-*/^().,=\s])*"
 )
 _EVALUATED = {

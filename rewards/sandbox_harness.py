@@ -39,7 +39,7 @@ def new_module(name: str) -> dict:
 def run_tests(code: str, requests: int, replies: int) -> None:
     read, write, leave, execute, compile_ = os.read, os.write, os._exit, exec, compile
     settrace, setprofile, is_callable = sys.settrace, sys.setprofile, callable
-    any_error, restore, pristine = BaseException, vars(builtins).update, dict(vars(builtins))
+    any_error, restore, pristine = BaseException, builtins.__dict__.update, dict(builtins.__dict__)
     names = new_module("solution")
     null = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1):

@@ -41,7 +41,7 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    server: Server
+    server: Server  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -56,7 +56,7 @@ class Handler(BaseHTTPRequestHandler):
         if step == "drop":
             self.connection.shutdown(socket.SHUT_RDWR)
             return
-        status, payload = 200, step
+        status, payload = 200, str(step)
         if isinstance(step, int):
             status, payload = step, f"no, {self.headers.get('authorization')}"
         elif isinstance(step, str):
@@ -203,7 +203,7 @@ def test_the_key_is_sent_and_never_shown(
 
 def test_the_cache(server: Server, tmp_path: Path) -> None:
     server.plan = ["no idea", "VERDICT: WRONG", "VERDICT: CORRECT"]
-    options = {"cache_dir": str(tmp_path / "judge")}
+    options: dict[str, Any] = {"cache_dir": str(tmp_path / "judge")}
     assert grade(server, **options).reward is None
     assert [grade(server, **options).reward for _ in range(3)] == [0.0] * 3
     assert len(server.bodies) == 2  # a reply without a verdict was not kept
@@ -254,7 +254,7 @@ def test_templates(server: Server) -> None:
         grade(server, template="{question}")
     assert grade(server, template="{completion} {other}").reward == 1.0
     assert "{other}" in server.bodies[-1]["messages"][0]["content"]
-    options = {"base_url": server.url, "model": "m"}
+    options: dict[str, Any] = {"base_url": server.url, "model": "m"}
     score = asyncio.run(grade_judge(make_prompt(answer=None), "4", **options))
     assert "the prompt has no answer" in score.reason
     template = "{question} {completion}"
@@ -264,7 +264,7 @@ def test_templates(server: Server) -> None:
 
 def test_many_at_once_and_several_loops(server: Server) -> None:
     async def grade_all() -> list[float | None]:
-        options = {"base_url": server.url, "model": "m"}
+        options: dict[str, Any] = {"base_url": server.url, "model": "m"}
         calls = [grade_judge(make_prompt(), f"so {i}", **options) for i in range(30)]
         return [score.reward for score in await asyncio.gather(*calls)]
 
