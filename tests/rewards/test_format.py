@@ -70,6 +70,6 @@ THOUGHT = "<think></think>"
     ],
 )
 def test_long_texts_take_no_time(text: str) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     assert grade_format(make_prompt(), text).reward == 0
-    assert time.monotonic() - started < 2.0
+    assert time.process_time() - started < 2.0

@@ -126,9 +126,9 @@ def test_a_remote_reference_is_never_fetched() -> None:
 
 @pytest.mark.parametrize("piece", ["```json\n", "[1,", '"\\"', "{", "```json\n1\n```\n"])
 def test_long_texts_take_no_time(piece: str) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     assert grade(True, piece * 100_000).reward is not None
-    assert time.monotonic() - started < 3.0
+    assert time.process_time() - started < 3.0
 
 
 def test_last_block() -> None:

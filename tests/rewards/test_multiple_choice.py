@@ -93,10 +93,10 @@ def test_unknown(answer: str | None, choices, reason: str) -> None:
 )
 def test_long_texts_take_no_time(piece: str) -> None:
     prompt = make_prompt(answer="B", metadata={"choices": CHOICES})
-    started = time.monotonic()
+    started = time.process_time()
     for text in (piece * 50_000, piece * 50_000 + "x", "answer is " + piece * 50_000 + "x"):
         grade_multiple_choice(prompt, text)
-    assert time.monotonic() - started < 3.0
+    assert time.process_time() - started < 3.0
 
 
 def test_through_the_scorer(make_scorer: MakeScorer) -> None:

@@ -135,9 +135,9 @@ def test_every_way_to_write_a_number_is_the_same_number() -> None:
     ],
 )
 def test_long_texts_take_no_time(piece: str) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     assert grade_numeric(make_prompt(), piece * (200_000 // len(piece))).reward is not None
-    assert time.monotonic() - started < 3.0
+    assert time.process_time() - started < 3.0
 
 
 def test_the_answer() -> None:
