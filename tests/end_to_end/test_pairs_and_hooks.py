@@ -190,9 +190,10 @@ def test_hooked_rows_read_what_the_hook_says(folder, tiny_model, monkeypatch):
     rows, parts = {}, None
     for name in HOOKS:
         parts = start(folder, tiny_model, LOSSES[name], monkeypatch)
+        beginning = parts.data.state_dict()
         (update,) = updates_of(parts, 1)
         rows[name] = update.samples
-        parts.data.load_state_dict({**parts.data.state_dict(), "prompts": 0})
+        parts.data.load_state_dict(beginning)
         (again,) = updates_of(parts, 1)
         for one, two in zip(update.samples, again.samples, strict=True):
             np.testing.assert_array_equal(one.token_ids, two.token_ids)

@@ -246,9 +246,16 @@ def h():
     c = ctypes.CDLL(None)
     return c.mount(b'tmpfs', b'/usr', b'tmpfs', 0, b''), c.umount2(b'/usr', 2), os.getuid() == 0
 """
-    tests = ["assert f() == [], f()", "assert g() == 'x'", "assert h() == (-1, -1, False)"]
+    # A checkout below /tmp has an empty namesake in the sandbox's own memory, where writing is allowed.
+    own = {os.getcwd()} if Path(os.getcwd()).is_relative_to("/tmp") else set()
+    tests = [
+        f"assert {{*f()}} <= {own or set()}",
+        "assert g() == 'x'",
+        "assert h() == (-1, -1, False)",
+    ]
     assert grade(code, tests).parts == {"passed": 3, "total": 3}
     assert not list(tmp_path.iterdir())
+    assert not (Path.cwd() / "canary").exists()
 
 
 def test_nothing_is_left_behind(isolation: str) -> None:
