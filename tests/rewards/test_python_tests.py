@@ -227,7 +227,7 @@ unix = lambda: f(socket.AF_UNIX, {path!r})
 def test_nothing_can_be_written_outside(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     code = f"""
-import os, sys
+import os, sys, tempfile
 def f():
     written = []
     here = [{str(tmp_path)!r}, {os.getcwd()!r}]
@@ -238,7 +238,7 @@ def f():
     return written
 def g():
     open('own', 'w').write('x')
-    open('/tmp/own', 'w').write('x')
+    with tempfile.NamedTemporaryFile('w') as file: file.write('x')
     try: open('huge', 'w').write('x' * (64 << 20))
     except OSError: return open('own').read()
 def h():
@@ -246,16 +246,9 @@ def h():
     c = ctypes.CDLL(None)
     return c.mount(b'tmpfs', b'/usr', b'tmpfs', 0, b''), c.umount2(b'/usr', 2), os.getuid() == 0
 """
-    # A checkout below /tmp has an empty namesake in the sandbox's own memory, where writing is allowed.
-    own = {os.getcwd()} if Path(os.getcwd()).is_relative_to("/tmp") else set()
-    tests = [
-        f"assert {{*f()}} <= {own or set()}",
-        "assert g() == 'x'",
-        "assert h() == (-1, -1, False)",
-    ]
+    tests = ["assert f() == [], f()", "assert g() == 'x'", "assert h() == (-1, -1, False)"]
     assert grade(code, tests).parts == {"passed": 3, "total": 3}
     assert not list(tmp_path.iterdir())
-    assert not (Path.cwd() / "canary").exists()
 
 
 def test_nothing_is_left_behind(isolation: str) -> None:
