@@ -25,7 +25,7 @@ import numpy as np
 
 from plait.engine.types import Prompt, Score
 from plait.rewards.config import RewardConfig
-from plait.rewards.frames import Source
+from plait.rewards.frames import RewardSource
 from plait.rewards.groups import pickled
 from plait.rewards.math import grade_math
 from plait.rewards.pool import Job, ProcessPool
@@ -93,21 +93,23 @@ def planted(items: Sequence[Item], every: int = 100) -> list[Item]:
     ]
 
 
-def open_pool(folder: Path, workers: int, timeout_seconds: float) -> tuple[ProcessPool, Source]:
+def open_pool(
+    folder: Path, workers: int, timeout_seconds: float
+) -> tuple[ProcessPool, RewardSource]:
     (folder / "bench_reward_functions.py").write_text(FUNCTION)
     config = RewardConfig(
         function="bench_reward_functions:grade",
         num_workers=workers,
         timeout_seconds=timeout_seconds,
     )
-    source = Source(config.function, "reward.function")
+    source = RewardSource(config.function, "reward.function")
     pool = ProcessPool(config, [source], str(folder))
     pool.wait_ready()
     return pool, source
 
 
 def run_load(
-    pool: ProcessPool, source: Source, items: Sequence[Item], interval: float
+    pool: ProcessPool, source: RewardSource, items: Sequence[Item], interval: float
 ) -> list[Scored]:
     """Hand over one item each `interval` seconds and wait for all scores. Raises TimeoutError after 120 s."""
     scored: dict[int, Scored] = {}
@@ -149,7 +151,7 @@ def single_call(items: Sequence[Item]) -> float:
     return (time.perf_counter() - started) / len(items)
 
 
-def pool_rate(pool: ProcessPool, source: Source, items: Sequence[Item]) -> float:
+def pool_rate(pool: ProcessPool, source: RewardSource, items: Sequence[Item]) -> float:
     started = time.perf_counter()
     run_load(pool, source, items, 0.0)
     return len(items) / (time.perf_counter() - started)

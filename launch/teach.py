@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..engine.checkpoint import write_durably
 from ..engine.errors import ConfigError, DataError
 from ..engine.evaluation import SUCCESS
 from ..engine.types import Prompt, Rollout, RolloutGroup, RolloutRequest, Score
@@ -49,6 +50,8 @@ class Teaching:
 
 
 class Teacher(Protocol):
+    def wait_started(self, stop_token_ids: Sequence[int] = ()) -> None: ...
+
     def generate(self, requests: Sequence[RolloutRequest], *, step: int) -> Iterator[Rollout]: ...
 
 
@@ -84,7 +87,7 @@ def teach(
         stack.callback(scorer.close)
         teacher, model_path = stack.enter_context(open_teacher(recipe, teaching))
         data = load_prompts(inputs, model_path)
-        wait_for(teacher, data)
+        teacher.wait_started(stop_token_ids=[data.end_token_id])
         count = min(teaching.max_prompts or data.num_prompts, data.num_prompts)
         todo = [p for p in data.peek(count) if p.prompt_id not in files.done]
         say(f"{count} prompts, {count - len(todo)} of them done before")
@@ -204,7 +207,9 @@ class TraceFiles:
         if known.exists():
             refuse_other_settings(folder, json.loads(known.read_text()), wanted)
         else:
-            write_whole(known, json.dumps(wanted, indent=2) + "\n")
+            draft = known.with_suffix(".draft")
+            write_durably(draft, json.dumps(wanted, indent=2) + "\n")
+            draft.replace(known)
         for name in (DEMONSTRATIONS, UNSOLVED):
             for row in read_whole_lines(folder / name):
                 self._count(row)
@@ -243,16 +248,6 @@ def read_whole_lines(path: Path) -> list[dict[str, Any]]:
         with path.open("rb+") as file:
             file.truncate(len(whole))
     return [json.loads(line) for line in whole.decode().splitlines()]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """All of the text or nothing, also when the machine stops."""
-    draft = path.with_suffix(".draft")
-    with draft.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
 
 
 def settings(recipe: Recipe, teaching: Teaching) -> dict[str, Any]:
@@ -307,11 +302,6 @@ def open_teacher(recipe: Recipe, teaching: Teaching) -> Iterator[tuple[Teacher, 
     with ExitStack() as stack:
         stack.enter_context(ray_cluster())
         yield start_pool(recipe, model_path, stack), model_path
-
-
-def wait_for(teacher: Any, data: Data) -> None:
-    if hasattr(teacher, "wait_started"):
-        teacher.wait_started(stop_token_ids=[data.end_token_id])
 
 
 def tokens_of(recipe: Recipe, teacher_path: str) -> Callable[[Prompt, str], list[int]]:

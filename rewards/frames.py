@@ -21,10 +21,10 @@ _LENGTH = struct.Struct("!I")
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class RewardSource:
     """Where a reward function comes from.
 
-    >>> Source("numeric", "reward.function", '{"relative_tolerance": 0.01}').pickled is None
+    >>> RewardSource("numeric", "reward.function", '{"relative_tolerance": 0.01}').pickled is None
     True
     """
 
@@ -42,7 +42,7 @@ class Load:
     """Import a reward function."""
 
     id: int
-    source: Source
+    source: RewardSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Task:
     """Grade one completion. `prompt` is a pickled Prompt: user code decides what unpickling its metadata does."""
 
     id: int
-    source: Source
+    source: RewardSource
     prompt: bytes
     completion: str
 

@@ -21,7 +21,7 @@ from ..engine.errors import ConfigError, PlaitError, RewardError
 from ..engine.types import Score
 from . import guard
 from .config import RewardConfig
-from .frames import Source
+from .frames import RewardSource
 from .process import START_SECONDS, Cancelled, Lost, ScoringProcess
 
 _CLOSE_SECONDS = 5.0
@@ -31,7 +31,7 @@ _CLOSE_SECONDS = 5.0
 class Job:
     """One completion to grade. The callbacks run on a thread of the pool."""
 
-    source: Source
+    source: RewardSource
     prompt: bytes
     """A pickled Prompt."""
     completion: str
@@ -49,7 +49,9 @@ class ProcessPool:
     Each imports `sources` when it starts, other functions when a job asks for them.
     """
 
-    def __init__(self, config: RewardConfig, sources: Sequence[Source], working_dir: str) -> None:
+    def __init__(
+        self, config: RewardConfig, sources: Sequence[RewardSource], working_dir: str
+    ) -> None:
         self._config = config
         self._sources = sources
         self._working_dir = working_dir
@@ -139,7 +141,7 @@ class ProcessPool:
             raise
         return process
 
-    def _load(self, process: ScoringProcess, source: Source) -> None:
+    def _load(self, process: ScoringProcess, source: RewardSource) -> None:
         try:
             process.load(source)
         except Lost as lost:

@@ -19,7 +19,7 @@ from typing import Any
 from ..engine.errors import ConfigError
 from ..engine.types import Score
 from . import guard
-from .frames import Load, Source, Task, pack_message, take_reply, unpack_score
+from .frames import Load, RewardSource, Task, pack_message, take_reply, unpack_score
 
 START_SECONDS = 60.0
 """Deadline for starting the interpreter and importing a reward function."""
@@ -67,7 +67,7 @@ class ScoringProcess:
         self._mark = mark
         self._cancelled = cancelled
         self._next_id = 0
-        self._loaded: set[Source] = set()
+        self._loaded: set[RewardSource] = set()
         self._buffer = bytearray()
         self._output = bytearray()
         pipes = [os.pipe() for _ in range(3)]
@@ -102,7 +102,7 @@ class ScoringProcess:
         self._poll.register(self._replies, select.POLLIN)
         self._poll.register(self._printed, select.POLLIN)
 
-    def load(self, source: Source) -> None:
+    def load(self, source: RewardSource) -> None:
         """Import a reward function, once.
 
         Raises ConfigError at `source.path` when that fails, Lost when it kills the process or takes more than 60 s.
@@ -120,7 +120,7 @@ class ScoringProcess:
         self._loaded.add(source)
 
     def grade(
-        self, source: Source, prompt: bytes, completion: str, timeout_seconds: float
+        self, source: RewardSource, prompt: bytes, completion: str, timeout_seconds: float
     ) -> tuple[Score, bool]:
         """The score of one sample by a loaded function, and whether the process has retired after it.
 

@@ -15,7 +15,7 @@ import cloudpickle
 from ..engine.errors import PlaitError, RewardError
 from ..engine.types import Prompt, Rollout, RolloutGroup, RolloutRequest, Score
 from .config import RewardConfig
-from .frames import Source
+from .frames import RewardSource
 from .groups import ExpectedGroups, Key, pickled
 from .pool import Job, ProcessPool
 from .shaping import OVERLONG, overlong_penalty, shaped
@@ -110,8 +110,8 @@ class ProcessScorer:
     def grade(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The same prompts, every demonstration with a score: its own, or the verdict on its whole text; and shaping.
 
-        Known verdicts are kept by prompt id, UNKNOWN ones are asked for again the next time. Raises as `score` does,
-        but demonstrations have no budget of UNKNOWN.
+        Known verdicts are kept by prompt id and text, UNKNOWN ones are asked for again the next time. Raises as
+        `score` does, but demonstrations have no budget of UNKNOWN.
         """
         call = _Call(self._pool)
         texts: dict[PartKey, str] = {}
@@ -172,7 +172,7 @@ class ProcessScorer:
         """`data`: the prompt, pickled."""
         source = [self._verifier, *self._shaping][key[2]]
         if key[2] == 0 and prompt.reward and prompt.reward != self._config.function:
-            source = Source(prompt.reward, f"prompts[{prompt.prompt_id!r}].reward")
+            source = RewardSource(prompt.reward, f"prompts[{prompt.prompt_id!r}].reward")
         call.submit(key, source=source, prompt=data, completion=completion)
 
     def _write(
@@ -212,13 +212,13 @@ class ProcessScorer:
         )
 
 
-def sources(config: RewardConfig, function: "RewardFn | None" = None) -> list[Source]:
+def sources(config: RewardConfig, function: "RewardFn | None" = None) -> list[RewardSource]:
     """The verifier, then the shaping functions, in the recipe's order."""
     data = None if function is None else cloudpickle.dumps(function)
-    found = [Source(config.function, "reward.function", json.dumps(config.options), data)]
+    found = [RewardSource(config.function, "reward.function", json.dumps(config.options), data)]
     for i, part in enumerate(config.shaping):
         path = f"reward.shaping[{i}].function"
-        found.append(Source(part.function, path, json.dumps(part.options)))
+        found.append(RewardSource(part.function, path, json.dumps(part.options)))
     return found
 
 
@@ -227,13 +227,13 @@ class _Call:
 
     def __init__(self, pool: ProcessPool) -> None:
         self.scores: dict[PartKey, Score] = {}
-        self.sources: dict[PartKey, Source] = {}
+        self.sources: dict[PartKey, RewardSource] = {}
         self._pool = pool
         self._failure: PlaitError | None = None
         self._abandoned = False
         self._changed = threading.Condition()
 
-    def submit(self, key: PartKey, *, source: Source, prompt: bytes, completion: str) -> None:
+    def submit(self, key: PartKey, *, source: RewardSource, prompt: bytes, completion: str) -> None:
         self.sources[key] = source
         done = partial(self._finish, key)
         wanted = self._is_wanted

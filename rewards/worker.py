@@ -28,7 +28,7 @@ from ..engine.contracts import RewardFn
 from ..engine.errors import ConfigError
 from ..engine.types import Score, ScoreStatus
 from . import resolve
-from .frames import Load, Source, Task, pack_event, pack_score, read_frame, write_all
+from .frames import Load, RewardSource, Task, pack_event, pack_score, read_frame, write_all
 
 _PR_SET_PDEATHSIG = 1
 
@@ -40,7 +40,7 @@ class Worker:
         self._requests = requests
         self._replies = replies
         self._max_memory = max_memory
-        self._functions: dict[Source, RewardFn] = {}
+        self._functions: dict[RewardSource, RewardFn] = {}
         self._runner: asyncio.Runner | None = None
         self._pid = os.getpid()
 
@@ -87,7 +87,7 @@ class Worker:
             return Score.unknown(describe(error)), fatal
 
 
-def load_function(source: Source) -> RewardFn:
+def load_function(source: RewardSource) -> RewardFn:
     """Raises ConfigError at `source.path`, and whatever unpickling a function raises."""
     function = None if source.pickled is None else pickle.loads(source.pickled)
     options = json.loads(source.options)

@@ -54,19 +54,37 @@ class Endpoint:
     def generate(self, requests: Sequence[RolloutRequest], *, step: int) -> Iterator[Rollout]:
         """Yield every requested rollout once, as it arrives. Raises RolloutError naming the prompt that failed."""
         results: queue.Queue[Rollout | BaseException | None] = queue.Queue()
+        stopped = threading.Event()
         thread = threading.Thread(
-            target=self._run, args=(requests, step, results), name="plait-endpoint", daemon=True
+            target=self._run,
+            args=(requests, step, results, stopped),
+            name="plait-endpoint",
+            daemon=True,
         )
         thread.start()
-        while (result := results.get(timeout=self._timeout * (self._max_retries + 2))) is not None:
-            if isinstance(result, BaseException):
-                raise result
-            yield result
-        thread.join()
-
-    def _run(self, requests: Sequence[RolloutRequest], step: int, results: queue.Queue) -> None:
+        longest = self._timeout * (self._max_retries + 2)
         try:
-            asyncio.run(self._ask_all(requests, step, results))
+            while (result := results.get(timeout=longest)) is not None:
+                if isinstance(result, BaseException):
+                    raise result
+                yield result
+        except queue.Empty:
+            raise RolloutError(f"{self.base_url}: no answer for {longest:g} s") from None
+        finally:
+            stopped.set()  # where the reader gave up, nothing more is asked
+
+    def wait_started(self, stop_token_ids: Sequence[int] = ()) -> None:
+        """As the pool of workers; a server that is not there shows at the first sample."""
+
+    def _run(
+        self,
+        requests: Sequence[RolloutRequest],
+        step: int,
+        results: queue.Queue,
+        stopped: threading.Event,
+    ) -> None:
+        try:
+            asyncio.run(self._ask_all(requests, step, results, stopped))
         except BaseExceptionGroup as group:
             results.put(group.exceptions[0])
         except BaseException as error:  # noqa: BLE001  (it is raised again where `generate` is read)
@@ -75,7 +93,11 @@ class Endpoint:
             results.put(None)
 
     async def _ask_all(
-        self, requests: Sequence[RolloutRequest], step: int, results: queue.Queue
+        self,
+        requests: Sequence[RolloutRequest],
+        step: int,
+        results: queue.Queue,
+        stopped: threading.Event,
     ) -> None:
         from openai import AsyncOpenAI
 
@@ -91,7 +113,8 @@ class Endpoint:
         ):
             for request in requests:
                 for index in range(request.first_index, request.first_index + request.n):
-                    tasks.create_task(self._ask(client, room, request, index, step, results))
+                    sample = self._ask(client, room, request, index, step, results, stopped)
+                    tasks.create_task(sample)
 
     async def _ask(
         self,
@@ -101,6 +124,7 @@ class Endpoint:
         index: int,
         step: int,
         results: queue.Queue,
+        stopped: threading.Event,
     ) -> None:
         from openai import OpenAIError
 
@@ -109,6 +133,8 @@ class Endpoint:
             raise RolloutError(f"prompt {prompt.prompt_id}: an endpoint cannot continue a prefix")
         messages: Any = [dict(message) for message in prompt.messages]
         async with room:
+            if stopped.is_set():
+                return
             try:
                 reply = await client.chat.completions.create(
                     model=self.model,

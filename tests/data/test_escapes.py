@@ -4,13 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from plait.engine.errors import ConfigError, DataError
 from plait.rollouts.config import HuggingFaceData
 from plait.rollouts.readers import read_records
-
-datasets = pytest.importorskip("datasets")
 
 ROW = {"prompt": "2+2?"}
 SECRET = {"prompt": "the secret"}

@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from plait.engine.errors import ConfigError, DataError, HubError
 from plait.rollouts.config import Columns, HuggingFaceData
 from plait.rollouts.readers import read_records
 from plait.rollouts.records import Record
-
-datasets = pytest.importorskip("datasets")
 
 ROWS = {"question": ["1+1?", "2+2?", "3+3?"], "answer": ["2", "4", "6"]}
 COLUMNS = Columns(prompt="question")

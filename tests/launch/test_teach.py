@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,6 +26,9 @@ class FakeTeacher:
     def __init__(self, fail_at: int | None = None) -> None:
         self.asked: list[tuple[str, int]] = []
         self.fail_at = fail_at
+
+    def wait_started(self, stop_token_ids: Sequence[int] = ()) -> None:
+        assert stop_token_ids
 
     def generate(self, requests: Sequence[RolloutRequest], *, step: int) -> Iterator[Rollout]:
         for request in requests:
@@ -202,6 +206,17 @@ def test_an_endpoint_is_asked_once_a_sample(server, monkeypatch) -> None:
     assert (first["model"], first["max_tokens"], first["temperature"]) == ("big", 7, 0.5)
     assert first["key"] == "Bearer secret-word"
     assert len({call["seed"] for call in handler.seen}) == 3  # a retry repeats its sample
+
+
+def test_nothing_more_is_asked_when_the_reader_stops(server) -> None:
+    url, handler = server
+    rollouts = Endpoint(url, "big", max_concurrency=1).generate([request(50)], step=0)
+    next(rollouts)
+    rollouts.close()  # type: ignore[attr-defined]
+    time.sleep(0.5)
+    asked = len(handler.seen)
+    time.sleep(0.5)
+    assert len(handler.seen) == asked < 50
 
 
 def test_an_endpoint_that_refuses_names_the_prompt(server) -> None:
