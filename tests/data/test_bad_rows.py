@@ -113,7 +113,7 @@ def test_all_rows_bad(tmp_path: Path, row: Any) -> None:
 
 
 def test_rows_of_a_table(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
+    import datasets.config
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     path = tmp_path / "rows.parquet"

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import datasets
+import datasets.config
 import pytest
 
 from plait.engine.errors import ConfigError, DataError

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import datasets
+import datasets.config
 import pytest
 
 from plait.engine.errors import ConfigError, DataError, HubError
