@@ -5,7 +5,7 @@ BIN := .venv/bin
 PINS := requirements/cpu.lock
 STAMP := .venv/installed-$(shell cat $(PINS) pyproject.toml | sha256sum | cut -c1-16)
 
-.PHONY: help setup quickstart test lint format check-gpu-requirements clean
+.PHONY: help setup quickstart test faults lint format check-gpu-requirements clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 26
@@ -24,6 +24,11 @@ quickstart: $(STAMP) ## Train SmolLM2-135M with CHORD on this machine's CPU, in 
 
 test: $(STAMP) ## Run every test; those that need a GPU skip with a reason.
 	$(BIN)/python -m pytest
+
+faults: $(STAMP) ## Run the whole catalogue of faults, the long ones too, and write docs/reliability.md.
+	rm -rf build/faults && mkdir -p build/faults
+	PLAIT_FAULTS_REPORT=build/faults $(BIN)/python -m pytest tests/faults tests/rewards tests/data -m "long or not long"
+	$(BIN)/python tests/faults/write_table.py build/faults docs/reliability.md
 
 lint: $(STAMP) ## Format, lint, layers and types.
 	$(BIN)/ruff format --check .

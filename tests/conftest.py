@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from catalogue import FAULTS
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+REPORT = "PLAIT_FAULTS_REPORT"
+"""Environment variable: a folder that takes one JSON file for each test; without it nothing is written."""
 
 
 @pytest.fixture(scope="session")
@@ -39,3 +45,20 @@ def pytest_collection_modifyitems(items) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture
+def measured(request) -> Callable[[str, str], None]:
+    """`measured("F12", "11 of 11 resumable")`: the figure of a row. Call it after the assertions on that figure."""
+
+    def note(row: str, figure: str) -> None:
+        assert row in FAULTS, f"{row} is not in the catalogue"
+        folder = os.environ.get(REPORT)
+        if folder is None:
+            return
+        name = re.sub(r"\W+", "_", f"{row}_{request.node.nodeid}_{figure}")[:180]
+        test = request.node.nodeid.partition("[")[0]
+        content = {"row": row, "measured": figure, "test": test}
+        Path(folder, f"{name}.json").write_text(json.dumps(content))
+
+    return note
