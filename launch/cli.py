@@ -382,9 +382,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
-    except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except PlaitError as error:
-        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(1)
+        name = "" if isinstance(error, ConfigError | DataError) else f"{type(error).__name__}: "
+        print(f"error: {name}{error}", file=sys.stderr)
+        sys.exit(error.exit_code)
