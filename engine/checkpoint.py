@@ -38,6 +38,8 @@ class RunState:
     """Weight syncs whose proof held; one that fails ends the run."""
     optimizer_steps: int = 0
     """Of the policy; a critic's are not counted."""
+    weights: str = ""
+    """Digest of the weights that the samplers serve."""
     tokens: dict[str, int] = field(default_factory=dict)
     """Trained tokens so far, by source; "computed": all of the forward passes; "generated": sampled to train on."""
     step_seconds: float = 0.0
@@ -58,9 +60,9 @@ class RunState:
                 self.tokens[source] = self.tokens.get(source, 0) + n
         return bool(moved)
 
-    def count_generated(self, rounds: Sequence[Sequence[RolloutGroup]]) -> None:
+    def count_generated(self, groups: Sequence[RolloutGroup]) -> None:
         """Add what a step sampled; forced prefixes were not sampled."""
-        rollouts = [rollout for groups in rounds for group in groups for rollout in group.rollouts]
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
         generated = sum(len(rollout.token_ids) - rollout.prefix_len for rollout in rollouts)
         self.tokens["generated"] = self.tokens.get("generated", 0) + generated
 

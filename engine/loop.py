@@ -11,27 +11,33 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from .batch import collate
 from .checkpoint import Checkpoints, RunState
 from .config import EvalConfig, LoopConfig
 from .contracts import Algorithm, DataSource, Learners, RolloutPool, Scorer
 from .evaluation import EvalResult, evaluate_groups, evaluation_requests
+from .failpoints import reach
+from .journal import Journal
 from .ledger import expert_ledger, gradient_ledger, split_by_source
 from .metrics import RunLog, step_metrics
 from .probes import GradientProbe
-from .saved_batch import save_batch
-from .sync_proof import Tolerance, prove_sync
+from .saved_batch import SavedBatch, save_rounds, to_bytes
+from .sync_proof import Tolerance, digest, prove_sync
 from .types import (
     Prompt,
     RolloutGroup,
+    RolloutRequest,
     Sampling,
     StepPlan,
     TrainBatch,
     Update,
     UpdateReport,
 )
+
+Round = tuple[Sequence[RolloutRequest], Sequence[RolloutGroup]]
+"""What one round of rollouts asked for, and the scored groups."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,8 @@ class Parts:
     """Token sequences whose log-probs prove each weight sync."""
     tolerance: Tolerance
     """How closely learner and sampler must agree on them."""
+    journal: Journal | None = None
+    """None: what was sampled is lost with the process."""
 
 
 def train(config: LoopConfig, evaluation: EvalConfig, sampling: Sampling, parts: Parts) -> RunState:
@@ -63,40 +71,12 @@ def train(config: LoopConfig, evaluation: EvalConfig, sampling: Sampling, parts:
 
     while end_reason(config, state) is None:
         started = time.perf_counter()
-        step = state.step  # completed steps: what schedules and seeds depend on
-
-        # 1. What to do: prompts, prefixes, demonstrations.
-        prompts = graded(parts, data.take(config.prompts_per_step))
-        experts = data.take_experts(algorithm.expert_rows(step))
-        plan = algorithm.plan(prompts, experts, step)
-
-        # 2. Experience in one or several rounds, scored while it streams in. A supervised step has none.
-        rounds = rollout_rounds(parts, plan, prompts, step)
-        groups = [group for round_ in rounds for group in round_]
-        data.observe(groups)
-
-        # 3. Learning signal: rows with source, advantage and weight per token.
-        updates = algorithm.assemble(plan, groups, step)
-
-        # 4. One or several optimizer phases: RL, SFT, or both.
-        ledger = measure_gradients(parts, updates, step, by_source=due(step, config.gradient_every))
-        reports: list[UpdateReport] = []
-        for update in updates:
-            with log.phase("update"):
-                reports += apply_update(parts, update, step)
-
-        # 5. Samplers follow the learner.
-        state.count_generated(rounds)
-        if state.advance(reports):
+        done = take_step(config, sampling, parts, state)
+        state.count_generated(done.groups)
+        if state.advance(done.reports):  # samplers follow the learner
             publish(parts, state)
         state.step_seconds += time.perf_counter() - started
-        asked = [*prompts, *experts]
-        ledger |= expert_ledger(algorithm, asked, groups, updates, step, sampling.max_tokens)
-        metrics = step_metrics(state, rounds, updates, reports, algorithm.metrics())
-        log.step(state, groups, metrics | ledger | dict(data.metrics()))
-        if due(state.step, config.save_batch_every):
-            name = f"step-{state.step:06d}.json"
-            save_batch(log.folder / "batches" / name, step, asked, groups)
+        record_step(config, parts, state, done)
 
         last = end_reason(config, state) is not None
         if evaluation.num_prompts and (last or due(state.step, evaluation.every)):
@@ -104,7 +84,72 @@ def train(config: LoopConfig, evaluation: EvalConfig, sampling: Sampling, parts:
         if last or due(state.step, parts.checkpoints.every):
             with log.phase("checkpoint"):
                 parts.checkpoints.save(state, algorithm, data, parts.learners)
+            if parts.journal is not None:
+                parts.journal.prune(parts.checkpoints.complete())
     return state
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """What one step was made of, and what came of it."""
+
+    asked: Sequence[Prompt]
+    """Prompts of the step and of its expert stream."""
+    rounds: Sequence[Round]
+    updates: Sequence[Update]
+    reports: Sequence[UpdateReport]
+    ledger: dict[str, float]
+
+    @property
+    def groups(self) -> list[RolloutGroup]:
+        """Of all rounds, in order."""
+        return [group for _, groups in self.rounds for group in groups]
+
+
+def take_step(config: LoopConfig, sampling: Sampling, parts: Parts, state: RunState) -> StepDone:
+    """One step up to its last update; the samplers still serve the weights of before."""
+    algorithm, data, log = parts.algorithm, parts.data, parts.log
+    step = state.step  # completed steps: what schedules and seeds depend on
+    journaled = None if parts.journal is None else parts.journal.recall(state)
+
+    # 1. What to do: prompts, prefixes, demonstrations.
+    draws = Draws(parts, journaled)
+    prompts = draws.draw(config.prompts_per_step)
+    experts = data.take_experts(algorithm.expert_rows(step))
+    plan = algorithm.plan(prompts, experts, step)
+
+    # 2. Experience in one or several rounds, scored while it streams in. A supervised step has none.
+    rounds = rollout_rounds(parts, plan, draws, experts, state)
+    groups = [group for _, found in rounds for group in found]
+    reach("step.journaled")
+    data.observe(groups)
+
+    # 3. Learning signal: rows with source, advantage and weight per token.
+    updates = algorithm.assemble(plan, groups, step)
+
+    # 4. One or several optimizer phases: RL, SFT, or both.
+    ledger = measure_gradients(parts, updates, step, by_source=due(step, config.gradient_every))
+    reports: list[UpdateReport] = []
+    for update in updates:
+        with log.phase("update"):
+            reports += apply_update(parts, update, step)
+    reach("step.updated")
+    asked = [*prompts, *experts]
+    ledger |= expert_ledger(algorithm, asked, groups, updates, step, sampling.max_tokens)
+    return StepDone(asked, rounds, updates, reports, ledger)
+
+
+def record_step(config: LoopConfig, parts: Parts, state: RunState, done: StepDone) -> None:
+    """Write what a person may want to know of the step."""
+    algorithm, log = parts.algorithm, parts.log
+    rounds = [groups for _, groups in done.rounds]
+    metrics = step_metrics(state, rounds, done.updates, done.reports, algorithm.metrics())
+    log.step(state, done.groups, metrics | done.ledger | dict(parts.data.metrics()))
+    if due(state.step, config.save_batch_every):
+        path = log.folder / "batches" / f"step-{state.step:06d}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        batch = SavedBatch(state.step - 1, *save_rounds(done.asked, done.rounds))
+        path.write_bytes(to_bytes(path, batch))
 
 
 def end_reason(config: LoopConfig, state: RunState) -> str | None:
@@ -118,48 +163,78 @@ def end_reason(config: LoopConfig, state: RunState) -> str | None:
     return None
 
 
-def graded(parts: Parts, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+def graded(
+    parts: Parts, prompts: Sequence[Prompt], journaled: SavedBatch | None = None
+) -> Sequence[Prompt]:
     """The same prompts, their demonstrations graded where a loss reads scores that the data does not hold."""
     if not any("demonstration_scores" in needs for needs in parts.algorithm.needs.values()):
         return prompts
-    if all(d.score is not None for prompt in prompts for d in prompt.demonstrations):
-        return prompts
+    known = prompts if journaled is None else journaled.with_verdicts(prompts)
+    if all(d.score is not None for prompt in known for d in prompt.demonstrations):
+        return known
     with parts.log.phase("grade"):
         return parts.scorer.grade(prompts)
 
 
-def rollout_rounds(
-    parts: Parts, plan: StepPlan, prompts: Sequence[Prompt], step: int
-) -> list[Sequence[RolloutGroup]]:
-    """The plan's rollouts, then what the algorithm asks for after seeing them, round by round.
+@dataclass
+class Draws:
+    """The training prompts of one step, in the order they were drawn."""
 
-    A prompt's rollouts are numbered on over its rounds, so each has a seed of its own.
-    """
-    seen = {prompt.prompt_id for prompt in prompts}
-    numbered: Counter[str] = Counter()
+    parts: Parts
+    journaled: SavedBatch | None
+    prompts: list[Prompt] = field(default_factory=list)
+    repeated: list[str] = field(default_factory=list)
+    """Drawn once more in the same step, and left out."""
 
-    def draw(n: int) -> list[Prompt]:
-        fresh = [
-            prompt for prompt in graded(parts, parts.data.take(n)) if prompt.prompt_id not in seen
-        ]
-        seen.update(prompt.prompt_id for prompt in fresh)
+    def draw(self, n: int) -> list[Prompt]:
+        """The next n, graded where a loss needs it, less those that are in the step already."""
+        seen = {prompt.prompt_id for prompt in self.prompts}
+        drawn = graded(self.parts, self.parts.data.take(n), self.journaled)
+        fresh = [prompt for prompt in drawn if prompt.prompt_id not in seen]
+        self.repeated += [prompt.prompt_id for prompt in drawn if prompt.prompt_id in seen]
+        self.prompts += fresh
         return fresh
 
-    rounds: list[Sequence[RolloutGroup]] = []
-    requests = plan.requests
+
+def rollout_rounds(
+    parts: Parts, plan: StepPlan, draws: Draws, experts: Sequence[Prompt], state: RunState
+) -> list[Round]:
+    """The plan's rollouts, then what the algorithm asks for after seeing them, round by round.
+
+    A prompt's rollouts are numbered on over its rounds, so each has a seed of its own. Rounds that are in the journal
+    are taken from there; all of them are in it when this returns.
+    """
+    numbered: Counter[str] = Counter()
+    rounds: list[Round] = []
+    known = [] if draws.journaled is None else list(draws.journaled.rounds)
+    requests, sampled = plan.requests, False
     while requests:
         requests = [
             replace(r, first_index=r.first_index + numbered[r.prompt.prompt_id]) for r in requests
         ]
-        earlier = [group for round_ in rounds for group in round_]
-        with parts.log.phase("rollout"):
-            stream = parts.log.watch(parts.rollouts.generate(requests, step=step), requests)
-            rounds.append(parts.scorer.score(requests, stream, earlier))
+        groups = known.pop(0).answer(requests) if known else None
+        if groups is None:
+            known, sampled = [], True
+            groups = roll_out(parts, requests, rounds, state.step)
+        rounds.append((requests, groups))
         for r in requests:
             end = r.first_index + r.n
             numbered[r.prompt.prompt_id] = max(numbered[r.prompt.prompt_id], end)
-        requests = parts.algorithm.follow_up(rounds, step, draw)
+        answers = [found for _, found in rounds]
+        requests = parts.algorithm.follow_up(answers, state.step, draws.draw)
+    if parts.journal is not None and sampled:
+        with parts.log.phase("journal"):
+            parts.journal.write(state, [*draws.prompts, *experts], rounds)
     return rounds
+
+
+def roll_out(
+    parts: Parts, requests: Sequence[RolloutRequest], earlier: Sequence[Round], step: int
+) -> Sequence[RolloutGroup]:
+    """Sample and score one round."""
+    with parts.log.phase("rollout"):
+        stream = parts.log.watch(parts.rollouts.generate(requests, step=step), requests)
+        return parts.scorer.score(requests, stream, [g for _, groups in earlier for g in groups])
 
 
 def measure_gradients(
@@ -213,6 +288,7 @@ def publish(parts: Parts, state: RunState) -> None:
     state.syncs += 1
     with parts.log.phase("sync"):
         checksums = parts.learners.send_weights(state.policy_version)
+        state.weights = digest(checksums)
         proof = prove_sync(
             parts.learners,
             parts.rollouts,

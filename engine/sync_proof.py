@@ -6,6 +6,7 @@ to probe inputs (`ServedProof.stale`), and log-probs of probe sequences computed
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -45,6 +46,12 @@ class SyncProof:
     probe_tokens: int
     max_difference: float
     mean_difference: float
+
+
+def digest(checksums: Mapping[str, str]) -> str:
+    """16 hex digits that stand for the weights of these checksums, by parameter."""
+    lines = "".join(f"{name} {checksums[name]}\n" for name in sorted(checksums))
+    return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
 def prove_sync(

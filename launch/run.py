@@ -188,6 +188,7 @@ def composed(inputs: Inputs, folder: Path, workers: OpenPool | None = None) -> I
         stack.callback(ranks.close)
 
         from ..engine.checkpoint import Checkpoints
+        from ..engine.journal import Journal
         from ..engine.learner import WeightRoute
         from ..engine.learners import LearnerGroup
         from ..engine.loop import Parts
@@ -230,6 +231,7 @@ def composed(inputs: Inputs, folder: Path, workers: OpenPool | None = None) -> I
             log=log,
             probes=probe_sequences(data, recipe.rollouts),
             tolerance=Tolerance.for_dtype(coarser(rollout_dtype(recipe), recipe.learner.dtype)),
+            journal=Journal(folder / "journal", recipe.run.seed, log.console.say),
         )
 
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from end_to_end.command_line import tiny_recipe, write_recipe
 from plait.algorithms import ALGORITHMS
 from plait.engine.errors import ConfigError, DataError
-from plait.engine.saved_batch import read_batch, save_batch
+from plait.engine.saved_batch import SavedBatch, read_batch, save_rounds, to_bytes
 from plait.engine.types import Demonstration, Prompt, Rollout, RolloutGroup, Score
 from plait.launch.ask import ask, find_question
 from plait.launch.cli import app
@@ -35,6 +35,11 @@ def make_group(i, rewards, prefix=0, demonstrated=True):
 
 
 GROUPS = [make_group(0, (1, 0, 0)), make_group(1, (0, 0, 0)), make_group(2, (0, 1, None))]
+
+
+def save_batch(path, step, prompts, groups):
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(to_bytes(path, SavedBatch(step, *save_rounds(prompts, [((), groups)]))))
 
 
 @pytest.fixture
