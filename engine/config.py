@@ -5,7 +5,7 @@ Defaults are the vetted setting. Models are frozen, unknown keys are errors, and
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
 
 class Section(BaseModel):
@@ -109,6 +109,8 @@ class LearnerConfig(Section):
     device: Literal["cpu", "cuda"] = "cpu"
     num_cpus: int = Field(default=2, ge=1)
     """Threads of one rank."""
+    resources: dict[str, PositiveFloat] = Field(default={})
+    """Custom Ray resources that each rank claims: where the ranks may live, for example `{learner_node: 1}`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Weights of the forward pass; master weights and losses are float32 whatever this is."""
     zero_stage: Literal[0, 1, 2, 3] = 0

@@ -64,8 +64,12 @@ class RayRanks:
         token_sampling: TokenSampling | None = None,
         seed: int = 0,
         entropy_top_k: int | None = None,
+        seats: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """`gpu_share` is what a rank claims of its GPU: less than 1 where a rollout worker lives there too."""
+        """`gpu_share` is what a rank claims of its GPU: less than 1 where a rollout worker lives there too.
+
+        `seats` are Ray options for each rank's actor: where it lives. Without them Ray chooses.
+        """
         import ray
 
         self.world_size = config.num_workers
@@ -76,7 +80,10 @@ class RayRanks:
             "runtime_env": {"env_vars": {**env, "OMP_NUM_THREADS": str(config.num_cpus)}},
         }
         actor = ray.remote(RemoteLearner)
-        self.workers = [actor.options(**options).remote() for _ in range(self.world_size)]
+        self.workers = [
+            actor.options(**options, **(seats[i] if seats else {})).remote()
+            for i in range(self.world_size)
+        ]
         address, port = self._get([self.workers[0].rendezvous.remote()])[0]
         self.starting = [
             worker.start.remote(

@@ -41,6 +41,8 @@ class RunConfig(Section):
     """Folder of the run below `dir`; absent: the recipe's file name."""
     dir: str = "runs"
     seed: int = 0
+    wait_seconds: float = Field(default=300.0, gt=0)
+    """How long a run waits for nodes and GPUs before it ends and says what is missing."""
 
 
 class ModelConfig(Section):

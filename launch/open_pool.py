@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from .config import Recipe
+from .placement import reserve
 from .run import rollout_dtype, start_pool
 
 
@@ -18,13 +19,21 @@ class OpenPool:
         self._made_for: tuple[Any, ...] = ()
 
     def lend(self, recipe: Recipe, model_path: str) -> Any:
-        """The open pool, where it is such as this recipe wants; else it is closed and another one starts."""
+        """The open pool, where it is such as this recipe wants; else it is closed and another one starts.
+
+        None where only workers of the run's own will do.
+        """
         wanted = (model_path, recipe.rollouts, rollout_dtype(recipe))
         # Only plait's own transfer is known to let a worker meet a second learner.
         reusable = recipe.rollouts.weight_sync == "shared_memory"
-        if self._pool is None or self._made_for != wanted or not reusable:
+        if not reusable:
             self.close()
-            self._pool, self._made_for = start_pool(recipe, model_path, self._stack), wanted
+            return None
+        if self._pool is None or self._made_for != wanted:
+            self.close()
+            seats = self._stack.enter_context(reserve(recipe, learner=False))
+            self._pool = start_pool(recipe, model_path, seats, self._stack)
+            self._made_for = wanted
         self._pool.seed = recipe.run.seed
         return self._pool
 

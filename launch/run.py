@@ -21,6 +21,7 @@ from .check_reward import refuse_untrue
 from .config import Recipe
 from .demonstrations import check_demonstrations, check_pairs_fit
 from .model import check_model, resolve_model
+from .placement import Seats, reserve
 from .scoring import check_functions, open_scorer
 
 if TYPE_CHECKING:
@@ -181,10 +182,10 @@ def composed(inputs: Inputs, folder: Path, workers: OpenPool | None = None) -> I
         stack.enter_context(ray_cluster())
         # Workers load in the background, vLLM first because it takes longest; meanwhile this process imports its own
         # half and encodes the data.
-        pool = (
-            workers.lend(recipe, model_path) if workers else start_pool(recipe, model_path, stack)
-        )
-        ranks = start_ranks(recipe, algorithm, model_path)
+        lent = workers.lend(recipe, model_path) if workers else None
+        seats = stack.enter_context(reserve(recipe, rollouts=lent is None))
+        pool = lent or start_pool(recipe, model_path, seats, stack)
+        ranks = start_ranks(recipe, algorithm, model_path, seats)
         stack.callback(ranks.close)
 
         from ..engine.checkpoint import Checkpoints
@@ -235,7 +236,7 @@ def composed(inputs: Inputs, folder: Path, workers: OpenPool | None = None) -> I
         )
 
 
-def start_ranks(recipe: Recipe, algorithm: AlgorithmBase, model_path: str) -> Any:
+def start_ranks(recipe: Recipe, algorithm: AlgorithmBase, model_path: str, seats: Seats) -> Any:
     """Learner ranks, loading in the background."""
     from ..engine.learners import RayRanks
     from .cluster import learner_env
@@ -250,15 +251,16 @@ def start_ranks(recipe: Recipe, algorithm: AlgorithmBase, model_path: str) -> An
         algorithm.token_sampling,
         recipe.run.seed,
         algorithm.entropy_top_k,
+        seats.ranks,
     )
 
 
-def start_pool(recipe: Recipe, model_path: str, stack: ExitStack) -> Any:
+def start_pool(recipe: Recipe, model_path: str, seats: Seats, stack: ExitStack) -> Any:
     """Rollout workers, loading in the background; closed with `stack`."""
     from ..rollouts.pool import Pool
 
     dtype = rollout_dtype(recipe)
-    pool = Pool(model_path, recipe.rollouts, dtype=dtype, seed=recipe.run.seed)
+    pool = Pool(model_path, recipe.rollouts, dtype=dtype, seed=recipe.run.seed, seats=seats.workers)
     stack.callback(pool.close)
     return pool
 
@@ -353,7 +355,8 @@ def evaluate(recipe: Recipe, model_path: str, output: Path | None = None) -> dic
         scorer = open_scorer(recipe)
         stack.callback(scorer.close)
         stack.enter_context(ray_cluster())
-        pool = start_pool(recipe, model_path, stack)
+        seats = stack.enter_context(reserve(recipe, learner=False))
+        pool = start_pool(recipe, model_path, seats, stack)
         data = load_prompts(inputs, model_path)
         pool.wait_started(stop_token_ids=[data.end_token_id])
         longest = recipe.rollouts.max_response_length
@@ -375,8 +378,8 @@ def export(recipe: Recipe, output: Path) -> Path:
         raise ConfigError.at("run", str(recipe.folder), "it has no checkpoint to export yet")
     algorithm = recipe.build_algorithm()
     model_path = resolve_model(recipe.model.path)
-    with ray_cluster():
-        ranks = start_ranks(recipe, algorithm, model_path)
+    with ray_cluster(), reserve(recipe, rollouts=False) as seats:
+        ranks = start_ranks(recipe, algorithm, model_path, seats)
         try:
             ranks.wait_started()
             everyone = range(ranks.world_size)

@@ -21,6 +21,7 @@ from ..engine.errors import ConfigError, DataError
 from ..engine.evaluation import SUCCESS
 from ..engine.types import Prompt, Rollout, RolloutGroup, RolloutRequest, Score
 from .model import resolve_model
+from .placement import reserve
 from .run import check_inputs, load_prompts, start_pool
 from .scoring import open_scorer
 
@@ -301,7 +302,8 @@ def open_teacher(recipe: Recipe, teaching: Teaching) -> Iterator[tuple[Teacher, 
     model_path = resolve_model(teaching.teacher)
     with ExitStack() as stack:
         stack.enter_context(ray_cluster())
-        yield start_pool(recipe, model_path, stack), model_path
+        seats = stack.enter_context(reserve(recipe, learner=False))
+        yield start_pool(recipe, model_path, seats, stack), model_path
 
 
 def tokens_of(recipe: Recipe, teacher_path: str) -> Callable[[Prompt, str], list[int]]:

@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
 
 from ..engine.config import Section
 from .admission_policy import AdmissionConfig
@@ -17,7 +17,9 @@ class RolloutConfig(Section):
     num_cpus: int = Field(default=2, ge=1)
     """Threads of one engine."""
     tensor_parallel_size: int = Field(default=1, ge=1)
-    """GPUs of one engine."""
+    """GPUs of one engine, all on one node."""
+    resources: dict[str, PositiveFloat] = Field(default={})
+    """Custom Ray resources that each worker claims: where the workers may live."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """null: as the learner."""
     max_prompt_length: int = Field(default=1024, ge=1)

@@ -53,19 +53,23 @@ class Pool:
         dtype: str,
         seed: int,
         version: int = 0,
+        seats: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         """All workers start in parallel, in the background; `wait_started` tells when they are up.
 
-        `dtype` is the rollouts' own or the learner's; `version` that of the weights in `model_path`.
+        `dtype` is the rollouts' own or the learner's; `version` that of the weights in `model_path`. `seats` are Ray
+        options for each worker's actor: where it lives. Without them Ray chooses.
         """
         self._config = config
         self.seed = seed
         """Of the run that samples; a pool may serve several, one after the other."""
-        actor = ray.remote(RolloutWorker).options(**_actor_options(config))
-        names = [f"rollout-{number}" for number in range(config.num_workers)]
-        self._members = [
-            _Member(name, actor.remote(name, model_path, config, dtype, version)) for name in names
-        ]
+        actor, options = ray.remote(RolloutWorker), _actor_options(config)
+        self._members = []
+        for number in range(config.num_workers):
+            placed = actor.options(**options, **(seats[number] if seats else {}))
+            name = f"rollout-{number}"
+            handle = placed.remote(name, model_path, config, dtype, version)
+            self._members.append(_Member(name, handle))
         self._deadline = time.monotonic() + config.start_timeout_seconds
         self._starting = self._submit_all("start", ())
         self._stop_token_ids: tuple[int, ...] = ()
