@@ -1,165 +1,290 @@
-"""Checkpoints: complete or invisible.
+"""Checkpoints: complete and verified, or invisible.
 
-Everything is written into a hidden folder beside its final place, flushed, renamed, and only then named by the pointer
-`latest`. A checkpoint holds the learner's DeepSpeed state and one JSON file with the rest of the run.
+Everything is written into a hidden folder beside its final place and flushed; manifest.json, with size and sha256 of
+every file, comes last. Then the folder is renamed, and only then named by the pointer `latest`. The learner's state is
+copied to host memory and written while training goes on; a later call commits it. Nothing in a checkpoint is pickled.
+
+Reading checks every byte first. What is damaged is named, and the checkpoint before it is used; where none is left,
+that is an error, never a fresh start.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import re
+import secrets
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .config import CheckpointConfig
 from .contracts import Algorithm, DataSource, Learners
-from .errors import CheckpointError
-from .evaluation import EvalResult
-from .metrics import num_policy_steps
-from .types import RolloutGroup, UpdateReport
+from .durable import FileRecord, replace_durably, storage_errors, sync_folder, write_durably
+from .errors import CheckpointError, PlaitError
+from .failpoints import reach
+from .manifest import MANIFEST, Manifest, digest, sealed, unsealed
+from .run_state import RunState
+from .state_writer import DOING
 
-STATE_FILE = "state.json"
+STATE_FILE, LEARNER, POINTER = "state.json", "learner", "latest"
+COMPLETE = re.compile(r"step-\d{6,}")
 
 
-@dataclass
-class RunState:
-    """Where a run stands: what the checkpoint carries beside weights, data position and algorithm state."""
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint of which every byte was found to be what was written."""
 
-    step: int = 0
-    """Completed loop steps."""
-    policy_version: int = 0
-    """Counts published weights; 0 are the initial ones."""
-    syncs: int = 0
-    """Weight syncs begun."""
-    syncs_proved: int = 0
-    """Weight syncs whose proof held; one that fails ends the run."""
-    optimizer_steps: int = 0
-    """Of the policy; a critic's are not counted."""
-    weights: str = ""
-    """Digest of the weights that the samplers serve."""
-    tokens: dict[str, int] = field(default_factory=dict)
-    """Trained tokens so far, by source; "computed": all of the forward passes; "generated": sampled to train on."""
-    step_seconds: float = 0.0
-    """Wall time of the steps so far, evaluation and checkpoints left out."""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Wall time so far, by phase."""
-    eval_before: EvalResult | None = None
-    eval_after: EvalResult | None = None
-
-    def advance(self, reports: Sequence[UpdateReport]) -> bool:
-        """Account for one finished step; weights that changed get a new version. Returns whether they did."""
-        moved = num_policy_steps(reports)
-        self.step += 1
-        self.policy_version += bool(moved)
-        self.optimizer_steps += moved
-        for report in reports:
-            for source, n in report.tokens.items():
-                self.tokens[source] = self.tokens.get(source, 0) + n
-        return bool(moved)
-
-    def count_generated(self, groups: Sequence[RolloutGroup]) -> None:
-        """Add what a step sampled; forced prefixes were not sampled."""
-        rollouts = [rollout for group in groups for rollout in group.rollouts]
-        generated = sum(len(rollout.token_ids) - rollout.prefix_len for rollout in rollouts)
-        self.tokens["generated"] = self.tokens.get("generated", 0) + generated
+    folder: Path
+    manifest: Manifest
 
     @property
-    def trained_tokens(self) -> int:
-        return self.tokens.get("policy", 0) + self.tokens.get("expert", 0)
+    def learner_files(self) -> list[str]:
+        return [str(path) for path in self.manifest.under(self.folder, LEARNER)]
 
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> RunState:
-        evals = {
-            name: EvalResult(**values[name]) if values[name] else None
-            for name in ("eval_before", "eval_after")
-        }
-        return cls(**{**values, **evals})
+
+@dataclass(frozen=True)
+class Pending:
+    """A checkpoint that ranks are writing."""
+
+    manifest: Manifest
+    """Without its files."""
+    work: Path
+    content: str
+    """Of state.json."""
+    learners: Learners
+
+
+def say_on_stderr(message: str) -> None:
+    print(message, file=sys.stderr)
 
 
 class Checkpoints:
-    """The `checkpoints/` folder of one run."""
+    """The `checkpoints/` folder of one run. One process writes it at a time (launch/run_lock.py)."""
 
-    def __init__(self, folder: Path, config: CheckpointConfig) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        *,
+        identity: Mapping[str, Any] | None = None,
+        say: Callable[[str], None] = say_on_stderr,
+    ) -> None:
+        """`identity`: what the run is made of, for the manifest; `say` tells a person what was found damaged."""
         self.folder, self.every, self.keep = folder, config.every, config.keep
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.identity, self._say = identity or {}, say
+        self._pending: Pending | None = None
+
+    # -- writing ------------------------------------------------------------------------------
 
     def save(
         self, state: RunState, algorithm: Algorithm, data: DataSource, learners: Learners
-    ) -> Path:
-        """Write, rename, point, prune; returns the checkpoint's folder."""
-        final = self.folder / f"step-{state.step:06d}"
-        work = self.folder / f".{final.name}.partial"
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
-        learners.save(str(work / "learner"))
+    ) -> None:
+        """Take a snapshot and begin to write it; `settle` commits it. The one before is committed first."""
+        self.settle(wait=True)
+        name = f"step-{state.step:06d}"
+        # A name of its own: what a lost writer of an earlier try still writes lands elsewhere.
+        work = self.folder / f".{name}.{secrets.token_hex(4)}.partial"
         content = {
             "run": asdict(state),
             "algorithm": algorithm.state_dict(),
             "data": data.state_dict(),
         }
-        write_durably(work / STATE_FILE, json.dumps(content, indent=1))
-        sync_tree(work)
-        if final.exists():
-            shutil.rmtree(final)
+        manifest = Manifest(state.step, 0, (), state.accuracy, self.identity)
+        pending = Pending(manifest, work, json.dumps(content, indent=1), learners)
+        with self._removing(work), storage_errors(work, DOING):
+            work.mkdir(parents=True)
+            reach("checkpoint.begun")
+            learners.save(str(work / LEARNER))
+        self._pending = pending
+
+    def settle(self, *, wait: bool) -> int | None:
+        """Commit what `save` began, if it is written by now; returns its step where that happens.
+
+        Raises CheckpointError where it could not be written: nothing of it stays, what was saved before is untouched.
+        """
+        pending = self._pending
+        if pending is None:
+            return None
+        with self._removing(pending.work):
+            records = pending.learners.saved(wait=wait)
+            if records is None:
+                return None
+            with storage_errors(pending.work, DOING):
+                self._commit(pending, records)
+        self._pending = None
+        return pending.manifest.step
+
+    @contextmanager
+    def _removing(self, work: Path) -> Iterator[None]:
+        """A failure leaves nothing of the folder behind."""
+        try:
+            yield
+        except (PlaitError, OSError):
+            self._pending = None
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+
+    def _commit(self, pending: Pending, records: Sequence[FileRecord]) -> None:
+        work, step = pending.work, pending.manifest.step
+        for record in records:
+            check_visible(work / LEARNER / record.path, record.bytes)
+        files = [replace(record, path=f"{LEARNER}/{record.path}") for record in records]
+        files.append(write_durably(work / STATE_FILE, pending.content))
+        reach("checkpoint.state_written")
+        manifest = replace(pending.manifest, world_size=len(records), files=tuple(files))
+        text = manifest.to_text()
+        write_durably(work / MANIFEST, text)
+        reach("checkpoint.manifest_written")
+        sync_folder(work / LEARNER)
+        sync_folder(work)
+        reach("checkpoint.files_synced")
+        final = self.folder / f"step-{step:06d}"
+        if final.exists():  # never the newest valid one: that is where the run came from
+            remove(final)
         work.rename(final)
+        reach("checkpoint.renamed")
         sync_folder(self.folder)
-        write_durably(self.folder / "latest.partial", final.name)
-        (self.folder / "latest.partial").rename(self.folder / "latest")
-        sync_folder(self.folder)
-        for old in self.complete()[: -self.keep]:
-            shutil.rmtree(old)
-        return final
+        reach("checkpoint.folder_synced")
+        pointer = {"checkpoint": final.name, "manifest_sha256": digest(text)}
+        replace_durably(self.folder / POINTER, sealed(pointer))
+        reach("checkpoint.committed")
+        self._prune()
+
+    def _prune(self) -> None:
+        """Keep the newest ones, and the best of those that were evaluated."""
+        kept = self.complete()
+        best = self.best()
+        for old in kept[: -self.keep]:
+            if best is None or old != best:
+                reach("checkpoint.pruning")
+                remove(old)
+
+    # -- reading ------------------------------------------------------------------------------
 
     def complete(self) -> list[Path]:
-        """Finished checkpoints, oldest first."""
-        return sorted(self.folder.glob("step-*"))
+        """Checkpoints that were renamed into place, oldest first; not yet verified."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(
+            (path for path in self.folder.iterdir() if COMPLETE.fullmatch(path.name)),
+            key=lambda path: int(path.name.removeprefix("step-")),
+        )
 
-    def latest(self) -> Path | None:
-        """What the pointer names; None before the first checkpoint."""
-        pointer = self.folder / "latest"
-        if not pointer.exists():
-            return None
-        path = self.folder / pointer.read_text().strip()
-        if not (path / STATE_FILE).exists():
+    def best(self) -> Path | None:
+        """The checkpoint with the best evaluation at its step, the first of equals; None where none was evaluated."""
+        found: dict[Path, float] = {}
+        for path in self.complete():
+            try:
+                accuracy = Manifest.read(path).accuracy
+            except CheckpointError:
+                continue  # `latest` says so when it is to be used
+            if accuracy is not None:
+                found[path] = accuracy
+        return max(found, key=lambda path: found[path], default=None)
+
+    def latest(self) -> Saved | None:
+        """The newest checkpoint that is intact; None before the first one. What is not intact is named.
+
+        Raises CheckpointError where there are some and none can be used.
+        """
+        candidates = self.complete()
+        expected, troubles = self._read_pointer(candidates)
+        for path in reversed(candidates):
+            try:
+                saved = self.verified(path, expected.get(path.name))
+            except CheckpointError as error:
+                troubles.append(str(error))
+                continue
+            for trouble in troubles:
+                self._say(f"checkpoint: {trouble}")
+            if troubles:
+                self._say(f"checkpoint: {path.name} is intact and is used instead")
+            return saved
+        if troubles:
             raise CheckpointError(
-                f"{pointer} names {path.name}, which is not a complete checkpoint"
+                f"{self.folder}: no checkpoint can be used. " + "; ".join(troubles) + ". Restore one of them from a "
+                "copy, or remove the folder to begin anew"
             )
-        return path
+        return None
+
+    def verified(self, folder: Path, manifest_sha256: str | None = None) -> Saved:
+        """Raises CheckpointError naming what is damaged or missing."""
+        manifest = Manifest.read(folder)
+        if manifest_sha256 not in (None, digest(manifest.to_text())):
+            raise CheckpointError(f"{folder / MANIFEST} is not the one that {POINTER!r} names")
+        if f"step-{manifest.step:06d}" != folder.name:
+            raise CheckpointError(f"{folder} holds the checkpoint of step {manifest.step}")
+        manifest.verify(folder)
+        return Saved(folder, manifest)
+
+    def _read_pointer(self, candidates: Sequence[Path]) -> tuple[dict[str, str], list[str]]:
+        """{name of the committed checkpoint: digest of its manifest}, and what is wrong with the pointer."""
+        pointer = self.folder / POINTER
+        if not candidates and not pointer.exists():
+            return {}, []
+        try:
+            content = unsealed(pointer)
+        except CheckpointError as error:
+            return {}, [str(error)]
+        name = content["checkpoint"]
+        gone = name not in [path.name for path in candidates]
+        troubles = [f"{pointer} names {name}, which is missing"] if gone else []
+        return {name: content["manifest_sha256"]}, troubles
 
     def restore(self, algorithm: Algorithm, data: DataSource, learners: Learners) -> RunState:
-        """Load the latest checkpoint into all parts; a fresh state where there is none."""
-        path = self.latest()
-        if path is None:
+        """Load the newest intact checkpoint into all parts; a fresh state where there never was one."""
+        self._pending = None  # of ranks that are gone
+        saved = self.latest()
+        self._tidy(saved)
+        if saved is None:
             return RunState()
-        content = json.loads((path / STATE_FILE).read_text())
-        learners.load(str(path / "learner"))
+        content = json.loads((saved.folder / STATE_FILE).read_bytes())
+        learners.load(saved.learner_files)
         algorithm.load_state_dict(content["algorithm"])
         data.load_state_dict(content["data"])
         return RunState.from_json(content["run"])
 
+    def _tidy(self, used: Saved | None) -> None:
+        """Remove what interrupted saves left, and put damaged checkpoints aside: they must not count as kept."""
+        if not self.folder.is_dir():
+            return
+        for leftover in self.folder.glob(".*.partial"):
+            remove(leftover)
+        for leftover in self.folder.glob(".*.removed"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        for path in self.complete():
+            if used is not None and step_of(path) > used.manifest.step:
+                aside = path.with_name(f"{path.name}.damaged")
+                if aside.exists():
+                    remove(aside)
+                path.rename(aside)
+                self._say(f"checkpoint: {path.name} was put aside as {aside.name}")
 
-def write_durably(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
-def sync_tree(folder: Path) -> None:
-    """Flush every file and folder below `folder` to the disk."""
-    for root, _, files in os.walk(folder):
-        for name in files:
-            with open(Path(root) / name, "rb") as file:
-                os.fsync(file.fileno())
-        sync_folder(Path(root))
+def check_visible(path: Path, size: int) -> None:
+    """A rank on another node may have written into a folder of the same name that only it sees."""
+    found = path.stat().st_size if path.exists() else None
+    if found != size:
+        state = "is not there" if found is None else f"has {found} bytes"
+        raise CheckpointError(
+            f"{path}: a learner rank wrote {size} bytes, and here it {state}. Put run.dir on a file system that every "
+            "node shares"
+        )
 
 
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def remove(path: Path) -> None:
+    """A folder, out of sight at once, or a file."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+        return
+    gone = path.with_name(f".{path.name.lstrip('.')}.{secrets.token_hex(4)}.removed")
+    path.rename(gone)
+    shutil.rmtree(gone)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .durable import FileRecord
     from .ledger import ExpertLedger
     from .probes import GradientComparison, GradientProbe
     from .types import (
@@ -301,9 +302,17 @@ class Learners(Protocol):
         """Log-probs of tokens 1.. of each sequence under the current policy."""
         ...
 
-    def save(self, folder: str) -> None: ...
+    def save(self, folder: str) -> None:
+        """Begin to write the state into a new folder; training may go on at once."""
+        ...
 
-    def load(self, folder: str) -> None: ...
+    def saved(self, *, wait: bool) -> Sequence[FileRecord] | None:
+        """The files of the last `save`, or None while they are being written; raises CheckpointError."""
+        ...
+
+    def load(self, paths: Sequence[str]) -> None:
+        """Take over the state in these verified files, whatever number of ranks wrote them."""
+        ...
 
     def export(self, folder: str) -> None:
         """Write safetensors that transformers and vLLM load."""

@@ -26,9 +26,13 @@ from .batch import blank, from_sequences
 from .config import LearnerConfig
 from .contracts import LossFn, Need
 from .errors import LearnerError
+from .failpoints import reach
 from .gradients import gram_matrix, keep_source
+from .learner_state import Piece, Snapshot, StateReader
 from .model_engine import ModelEngine
+from .model_state import add_model, restore_model
 from .parameter_selection import make_mask
+from .state_writer import StateWriter
 from .types import (
     PolicyOutput,
     Source,
@@ -38,9 +42,11 @@ from .types import (
 )
 
 if TYPE_CHECKING:
+    from .durable import FileRecord
     from .weight_sync import WeightSender
 
-REFERENCE_FILE = "reference.pt"
+REFERENCE = "reference"
+"""What a moved reference is called in a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +135,7 @@ class LearnerWorker:
         if any(need & {"values", "new_values"} for need in needs.values()):
             self.critic = ModelEngine(load_critic(model_path, config), config, "critic")
         self.sender: WeightSender | None = None
+        self.writer = StateWriter()
 
     def _join_ranks(self) -> None:
         import deepspeed
@@ -378,18 +385,34 @@ class LearnerWorker:
         return [self.engine] if self.critic is None else [self.engine, self.critic]
 
     def save(self, folder: str) -> None:
+        """Copy this rank's share of the state to host memory; a thread writes it while training goes on."""
+        snapshot = Snapshot()
+        snapshot.facts = {"rank": self.rank.index, "world_size": self.rank.world_size}
         for engine in self._engines:
-            engine.save(folder, self.rank.index)
-        if self.reference is not None and self.reference_moved and self.rank.index == 0:
-            torch.save(self.reference.model.state_dict(), Path(folder) / REFERENCE_FILE)
+            add_model(snapshot, engine)
+        if self.reference is not None and self.reference_moved:
+            for i, (name, weight) in enumerate(self.reference.model.named_parameters()):
+                if i % self.rank.world_size == self.rank.index:
+                    piece = Piece(tuple(weight.shape), 0, weight.numel())
+                    snapshot.add(f"{REFERENCE}/{name}", piece, weight.view(-1))
+        reach("checkpoint.snapshot_taken")
+        path = Path(folder) / f"rank-{self.rank.index:05d}.safetensors"
+        self.writer.start(path, snapshot, self.rank.world_size)
 
-    def load(self, folder: str) -> None:
+    def saved(self, wait: bool) -> FileRecord | None:
+        """The file that `save` began, once it is on the disk; raises CheckpointError where it could not be written."""
+        return self.writer.finished(wait=wait)
+
+    def load(self, paths: Sequence[str]) -> None:
+        """Take over the state in these files, whatever number of ranks wrote them. No collectives."""
+        reader = StateReader([Path(path) for path in paths])
         for engine in self._engines:
-            engine.load(folder, self.rank.index)
-        moved = Path(folder) / REFERENCE_FILE
-        if self.reference is not None and moved.exists():
-            weights = torch.load(moved, map_location=self.device, weights_only=True)
-            self.reference.model.load_state_dict(weights)
+            restore_model(reader, engine)
+        moved = any(reader.names(f"{REFERENCE}/"))
+        if self.reference is not None and moved:
+            for name, weight in self.reference.model.named_parameters():
+                values = reader.read_whole(f"{REFERENCE}/{name}", tuple(weight.shape))
+                weight.data.copy_(values)
             self.reference_moved = True
 
     def export(self, folder: str) -> None:

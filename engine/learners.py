@@ -11,6 +11,7 @@ import torch
 from .batch import ROW_FIELDS, count, partition, seed_of, select, split_minibatches
 from .config import LearnerConfig
 from .contracts import LossFn, Need, PrepareFn, RememberFn
+from .durable import FileRecord
 from .errors import LearnerError
 from .learner import LearnerWorker, Rank, WeightRoute, free_port, learning_rate
 from .probes import GradientComparison, GradientProbe
@@ -333,8 +334,12 @@ class LearnerGroup:
     def save(self, folder: str) -> None:
         self._all("save", folder)
 
-    def load(self, folder: str) -> None:
-        self._all("load", folder)
+    def saved(self, *, wait: bool) -> list[FileRecord] | None:
+        records = self._all("saved", wait)
+        return None if any(record is None for record in records) else records
+
+    def load(self, paths: Sequence[str]) -> None:
+        self._all("load", list(paths))
 
     def export(self, folder: str) -> None:
         self._all("export", folder)

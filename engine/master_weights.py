@@ -6,23 +6,30 @@ several parameters laid end to end.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 from torch import Tensor
 
+from .learner_state import Piece
+
 
 @dataclass(frozen=True)
 class Fragment:
-    """Entries `first:first + length` of a flattened parameter are entries `at:at + length` of a flat master weight."""
+    """A piece of a parameter: entries `at:at + piece.length` of a flat master weight."""
 
     name: str
     master: Tensor
     at: int
-    first: int
-    length: int
+    piece: Piece
+    replicated: bool = False
+    """Every rank holds the same."""
+
+    def of(self, column: Tensor) -> Tensor:
+        """The fragment's entries, flat, of something as large as the master weight."""
+        return column.detach().view(-1)[self.at : self.at + self.piece.length]
 
 
 def inner_optimizer(engine: Any) -> Any:
@@ -39,11 +46,14 @@ def master_weights(engine: Any) -> list[Tensor]:
     return [p for group in inner_optimizer(engine).param_groups for p in group["params"]]
 
 
+def named_parameters(engine: Any) -> Iterator[tuple[str, Any]]:
+    """By the names of the Hugging Face model; a critic's by its own."""
+    yield from getattr(engine.module, "model", engine.module).named_parameters()
+
+
 def trained_parameters(engine: Any) -> Iterator[tuple[str, Any]]:
-    """(Hugging Face name, parameter) of all that the optimizer has."""
-    for name, parameter in engine.module.model.named_parameters():
-        if parameter.requires_grad:
-            yield name, parameter
+    """(name, parameter) of all that the optimizer has."""
+    return ((name, p) for name, p in named_parameters(engine) if p.requires_grad)
 
 
 def full_shape(parameter: Any) -> tuple[int, ...]:
@@ -51,24 +61,47 @@ def full_shape(parameter: Any) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def local_part(parameter: Any, rank: int) -> tuple[Tensor, Piece] | None:
+    """This rank's part of a parameter as the forward pass uses it; None where ZeRO-3 gives it none."""
+    shape = full_shape(parameter)
+    size = prod(shape)
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach().view(-1), Piece(shape, 0, size)
+    part = parameter.ds_tensor.numel()  # each parameter is cut evenly, the last part padded
+    length = min(part, size - rank * part)
+    if length <= 0:
+        return None
+    return parameter.ds_tensor.detach()[:length], Piece(shape, rank * part, length)
+
+
 def fragments(engine: Any, rank: int) -> Iterator[Fragment]:
     """Every piece of a trained parameter that this rank's master weights hold."""
     masters = master_weights(engine)
     for name, parameter in trained_parameters(engine):
-        size = prod(full_shape(parameter))
-        if hasattr(
-            parameter, "ds_id"
-        ):  # ZeRO-3: each parameter is cut evenly, the last part padded
+        shape = full_shape(parameter)
+        if hasattr(parameter, "ds_id"):
             optimizer = engine.optimizer
             group, at, part = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            length = min(part, size - rank * part)
+            length = min(part, prod(shape) - rank * part)
             if length > 0:
-                yield Fragment(name, masters[group], at, rank * part, length)
+                yield Fragment(name, masters[group], at, Piece(shape, rank * part, length))
         elif hasattr(parameter, "_hp_mapping"):  # ZeRO-1 and 2: the flat group is cut, anywhere
             held = parameter._hp_mapping
             if held is not None:
                 here, there = held.hp_fragment_address, held.lp_fragment_address
                 master = masters[held.param_group_index]
-                yield Fragment(name, master, here.start, there.start, here.numel)
+                yield Fragment(name, master, here.start, Piece(shape, there.start, here.numel))
         else:
-            yield Fragment(name, parameter, 0, 0, size)
+            yield Fragment(name, parameter, 0, Piece(shape, 0, prod(shape)), replicated=True)
+
+
+def write_parameter(parameter: Any, rank: int, read: Callable[[Piece], Tensor]) -> None:
+    """Give the forward pass new weights; `read` returns a piece of them, flat."""
+    part = local_part(parameter, rank)
+    if part is not None:
+        values, piece = part
+        values.copy_(read(piece))
+    shape = full_shape(parameter)
+    if hasattr(parameter, "ds_id") and parameter.data.shape == shape:
+        # ZeRO-3 keeps small parameters whole on every rank, beside the parts.
+        parameter.data.copy_(read(Piece(shape, 0, prod(shape))).view(shape))

@@ -1,4 +1,4 @@
-"""One DeepSpeed engine with what belongs to it: optimizer, clipping, sets of moments, checkpoint.
+"""One DeepSpeed engine with what belongs to it: optimizer, clipping, sets of moments.
 
 The policy has one, and so has the critic of an algorithm that trains one: both take the same configuration.
 """
@@ -6,14 +6,13 @@ The policy has one, and so has the critic of an algorithm that trains one: both 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .config import LearnerConfig
-from .errors import CheckpointError, LearnerError
+from .errors import LearnerError
 from .optimizer_states import MAIN, OptimizerStates
 from .parameter_selection import UpdateMask
 
@@ -47,7 +46,7 @@ class ModelEngine:
     """A trained module on this rank; calling it is the module's forward pass."""
 
     def __init__(self, module: torch.nn.Module, config: LearnerConfig, name: ModelName) -> None:
-        """`name` is its folder inside a checkpoint."""
+        """`name` is what a checkpoint calls it."""
         import deepspeed
 
         self.config = config
@@ -120,25 +119,6 @@ class ModelEngine:
             .to("cpu", torch.float32, copy=True)
             for name, gradient in self.gradients()
         }
-
-    def save(self, folder: str, rank: int) -> None:
-        self.deepspeed.save_checkpoint(folder, tag=self.name, save_latest=False)
-        self.moments.save(Path(folder) / self.name, rank)
-        if self.mask is not None:
-            self.mask.save(Path(folder) / self.name)
-
-    def load(self, folder: str, rank: int) -> None:
-        """Raises CheckpointError where `folder` holds no complete state of this model."""
-        path = None
-        if (Path(folder) / self.name).is_dir():
-            path, _ = self.deepspeed.load_checkpoint(folder, tag=self.name)
-        if path is None:
-            raise CheckpointError(
-                f"{folder}: DeepSpeed found no complete state of the {self.name} there"
-            )
-        self.moments.load(Path(folder) / self.name, rank)
-        if self.mask is not None:
-            self.mask.load(Path(folder) / self.name)
 
 
 def make_optimizer(module: torch.nn.Module, config: LearnerConfig) -> torch.optim.Optimizer:

@@ -1,23 +1,20 @@
 """Several sets of AdamW moments over the same weights.
 
 DeepSpeed wraps a torch optimizer whose `state` holds the moments of this rank's master weights. "main" always lives
-there, where DeepSpeed's own checkpoint finds it; any other set is put there for the duration of one step and kept, and
-saved, by this class.
+there; any other set is put there for the duration of one step and kept by this class.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError
-from .master_weights import inner_optimizer, master_weights
+from .master_weights import inner_optimizer
 
 MAIN = "main"
 
@@ -53,36 +50,27 @@ class OptimizerStates:
         finally:
             del inner.step  # the class's own again
 
-    def save(self, folder: Path, rank: int) -> None:
-        """One file a set and rank, beside DeepSpeed's own."""
-        for name, states in self._others.items():
-            place = {parameter: i for i, parameter in enumerate(master_weights(self._engine))}
-            content = {place[parameter]: state for parameter, state in states.items()}
-            torch.save(content, folder / _file(name, rank))
+    def sets(self) -> dict[str, Mapping[Tensor, dict[str, Any]]]:
+        """Name -> master weight -> {"step": steps so far, "exp_avg": as large as the master weight, ...}."""
+        return {MAIN: self._inner.state, **self._others}
 
-    def load(self, folder: Path, rank: int) -> None:
-        """Raises CheckpointError where the folder holds a set for other ranks only."""
+    def restore(self, sets: Mapping[str, Mapping[Tensor, dict[str, Any]]]) -> None:
+        """Replace all sets; `step` is a number."""
+        inner = self._inner
+        inner.state.clear()
         self._others.clear()
-        weights = master_weights(self._engine)
-        for name in sorted({path.name.split("-")[1] for path in folder.glob(_file("*", "*"))}):
-            path = folder / _file(name, rank)
-            if not path.exists():
-                raise CheckpointError(
-                    f"{path} is missing: the checkpoint was written by another number of ranks"
-                )
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            states = self._others[name] = defaultdict(dict)
-            for i, state in content.items():
-                states[weights[i]] = {k: _beside(v, weights[i]) for k, v in state.items()}
+        for name, states in sets.items():
+            target = inner.state if name == MAIN else self._others.setdefault(name, defaultdict(dict))
+            for master, state in states.items():
+                target[master] = {**state, "step": self._step_count(state["step"], master)}
+
+    def _step_count(self, steps: float, master: Tensor) -> Any:
+        """As this optimizer keeps it: torch in a tensor, DeepSpeed's CPU optimizer in a number."""
+        if isinstance(self._inner, torch.optim.AdamW):
+            return torch.tensor(float(steps), dtype=torch.float32, device=master.device)
+        return int(steps)
 
     @property
     def _inner(self) -> Any:
         return inner_optimizer(self._engine)
 
-
-def _file(name: str, rank: int | str) -> str:
-    return f"optimizer-{name}-rank-{rank}.pt"
-
-
-def _beside(value: Any, weight: Tensor) -> Any:
-    return value.to(weight.device) if isinstance(value, Tensor) else value

@@ -14,7 +14,6 @@ import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from math import floor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ from .config import (
     PatternConfig,
     PrincipalWeightsConfig,
 )
-from .errors import CheckpointError, ConfigError
+from .errors import ConfigError
 from .master_weights import (
     Fragment,
     fragments,
@@ -177,10 +176,8 @@ class UpdateMask:
             mask = self._mask(name, parameter, frozen).flatten()
             kept, total = kept + int(mask.sum()), total + len(mask)
             for part in parts.get(name, []):
-                target = self._trained[part.master].view(-1)
-                target[part.at : part.at + part.length] = mask[
-                    part.first : part.first + part.length
-                ]
+                first = part.piece.first
+                part.of(self._trained[part.master]).copy_(mask[first : first + part.piece.length])
         self._share = kept / total
 
     def _frozen_names(self) -> set[str]:
@@ -219,32 +216,18 @@ class UpdateMask:
             weight.copy_(torch.where(self._trained[weight], weight, before))
         self._before.clear()
 
-    def save(self, folder: Path) -> None:
-        """One file a rank. Only `principal_weights` needs its mask: the weights it came from are gone."""
-        masks = None
-        if isinstance(self._config, PrincipalWeightsConfig) and self._trained:
-            masks = [self._trained[weight].cpu() for weight in master_weights(self._engine)]
-        content = {"steps": self.steps, "share": self._share, "masks": masks}
-        torch.save(content, folder / self._file)
-
-    def load(self, folder: Path) -> None:
-        """Raises CheckpointError where the folder was written without selection or by other ranks."""
-        path = folder / self._file
-        if not path.exists():
-            raise CheckpointError(
-                f"{path} is missing: the checkpoint was written without {FIELD}, or by another number of ranks"
-            )
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        self.steps, self._share = content["steps"], content["share"]
-        self._trained = {}
-        if content["masks"] is not None:
-            weights = master_weights(self._engine)
-            for weight, mask in zip(weights, content["masks"], strict=True):
-                self._trained[weight] = mask.to(weight.device)
-
     @property
-    def _file(self) -> str:
-        return f"parameter-selection-rank-{self._rank}.pt"
+    def column(self) -> dict[Tensor, Tensor]:
+        """What a checkpoint must hold, by master weight: `principal_weights` cannot find its mask again, because the
+        weights it came from are gone."""
+        return self._trained if isinstance(self._config, PrincipalWeightsConfig) else {}
+
+    def facts(self) -> dict[str, Any]:
+        return {"steps": self.steps, "share": self._share}
+
+    def restore(self, facts: Mapping[str, Any], masks: dict[Tensor, Tensor]) -> None:
+        self.steps, self._share = facts["steps"], facts["share"]
+        self._trained = masks
 
 
 def stepped(optimizer: Any) -> list[Tensor]:
