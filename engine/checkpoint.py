@@ -101,6 +101,11 @@ class Checkpoints:
             learners.save(str(work / LEARNER))
         self._pending = pending
 
+    @property
+    def pending(self) -> bool:
+        """Whether a snapshot is being written."""
+        return self._pending is not None
+
     def settle(self, *, wait: bool) -> int | None:
         """Commit what `save` began, if it is written by now; returns its step where that happens.
 
@@ -206,7 +211,9 @@ class Checkpoints:
             return saved
         if troubles:
             raise CheckpointError(
-                f"{self.folder}: no checkpoint can be used. " + "; ".join(troubles) + ". Restore one of them from a "
+                f"{self.folder}: no checkpoint can be used. "
+                + "; ".join(troubles)
+                + ". Restore one of them from a "
                 "copy, or remove the folder to begin anew"
             )
         return None

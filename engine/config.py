@@ -177,6 +177,8 @@ class EvalConfig(Section):
 
 class CheckpointConfig(Section):
     every: int = Field(default=0, ge=0)
-    """Write a checkpoint each so many steps; 0: only after the last step."""
-    keep: int = Field(default=2, ge=1)
-    """Checkpoints kept; older ones are removed after a newer one is complete."""
+    """Write a checkpoint each so many steps; 0: only after the last step. One is also written after each evaluation
+    that is the best so far."""
+    keep: int = Field(default=2, ge=2)
+    """Newest checkpoints kept, and beside them the best of those that were evaluated. At least 2: where one is damaged,
+    the one before it is used."""

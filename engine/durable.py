@@ -87,7 +87,9 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> FileRecord:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+) -> FileRecord:
     """A new safetensors file of tensors in host memory, flushed; `facts` is JSON in its header."""
     # Larger elements first: every tensor then begins at a multiple of its element size.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))

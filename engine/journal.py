@@ -15,13 +15,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .checkpoint import sync_folder
+from .durable import sync_folder
 from .errors import CheckpointError, DataError
 from .saved_batch import SavedBatch, digest_of, read_batch, save_rounds, to_bytes
 from .types import Prompt, RolloutGroup, RolloutRequest
 
 if TYPE_CHECKING:
-    from .checkpoint import RunState
+    from .run_state import RunState
 
 
 class Journal:

@@ -28,9 +28,9 @@ from .contracts import LossFn, Need
 from .errors import LearnerError
 from .failpoints import reach
 from .gradients import gram_matrix, keep_source
-from .learner_state import Piece, Snapshot, StateReader
+from .learner_state import Snapshot, StateReader
 from .model_engine import ModelEngine
-from .model_state import add_model, restore_model
+from .model_state import add_model, add_reference, restore_model, restore_reference
 from .parameter_selection import make_mask
 from .state_writer import StateWriter
 from .types import (
@@ -44,9 +44,6 @@ from .types import (
 if TYPE_CHECKING:
     from .durable import FileRecord
     from .weight_sync import WeightSender
-
-REFERENCE = "reference"
-"""What a moved reference is called in a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -391,10 +388,7 @@ class LearnerWorker:
         for engine in self._engines:
             add_model(snapshot, engine)
         if self.reference is not None and self.reference_moved:
-            for i, (name, weight) in enumerate(self.reference.model.named_parameters()):
-                if i % self.rank.world_size == self.rank.index:
-                    piece = Piece(tuple(weight.shape), 0, weight.numel())
-                    snapshot.add(f"{REFERENCE}/{name}", piece, weight.view(-1))
+            add_reference(snapshot, self.reference.model)
         reach("checkpoint.snapshot_taken")
         path = Path(folder) / f"rank-{self.rank.index:05d}.safetensors"
         self.writer.start(path, snapshot, self.rank.world_size)
@@ -408,12 +402,8 @@ class LearnerWorker:
         reader = StateReader([Path(path) for path in paths])
         for engine in self._engines:
             restore_model(reader, engine)
-        moved = any(reader.names(f"{REFERENCE}/"))
-        if self.reference is not None and moved:
-            for name, weight in self.reference.model.named_parameters():
-                values = reader.read_whole(f"{REFERENCE}/{name}", tuple(weight.shape))
-                weight.data.copy_(values)
-            self.reference_moved = True
+        if self.reference is not None:
+            self.reference_moved = restore_reference(reader, self.reference.model)
 
     def export(self, folder: str) -> None:
         """Write config, tokenizer and safetensors; adapters are merged."""

@@ -11,7 +11,7 @@ Tensors are named MODEL/COLUMN/PARAMETER, and MODEL/COLUMN/PARAMETER@FIRST where
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -113,6 +113,3 @@ class StateReader:
         if at < end:
             raise CheckpointError(f"the checkpoint lacks entries {at} to {end - 1} of {name}")
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def read_whole(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return self.read(name, Piece(shape, 0, prod(shape))).view(shape)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from .batch import collate
-from .checkpoint import Checkpoints, RunState
+from .checkpoint import Checkpoints
 from .config import EvalConfig, LoopConfig
 from .contracts import Algorithm, DataSource, Learners, RolloutPool, Scorer
 from .evaluation import EvalResult, evaluate_groups, evaluation_requests
@@ -23,6 +23,7 @@ from .journal import Journal
 from .ledger import expert_ledger, gradient_ledger, split_by_source
 from .metrics import RunLog, step_metrics
 from .probes import GradientProbe
+from .run_state import RunState
 from .saved_batch import SavedBatch, save_rounds, to_bytes
 from .sync_proof import Tolerance, digest, prove_sync
 from .types import (
@@ -78,15 +79,24 @@ def train(config: LoopConfig, evaluation: EvalConfig, sampling: Sampling, parts:
         state.step_seconds += time.perf_counter() - started
         record_step(config, parts, state, done)
 
-        last = end_reason(config, state) is not None
+        last, best = end_reason(config, state) is not None, False
         if evaluation.num_prompts and (last or due(state.step, evaluation.every)):
-            state.eval_after = evaluate(parts, evaluation, sampling, state)
-        if last or due(state.step, parts.checkpoints.every):
+            best = state.note_evaluation(evaluate(parts, evaluation, sampling, state))
+        if last or best or due(state.step, parts.checkpoints.every):
             with log.phase("checkpoint"):
                 parts.checkpoints.save(state, algorithm, data, parts.learners)
-            if parts.journal is not None:
-                parts.journal.prune(parts.checkpoints.complete())
+        settle(parts, wait=last)
     return state
+
+
+def settle(parts: Parts, *, wait: bool = False) -> None:
+    """Commit the checkpoint under way once it is written; raises CheckpointError where it could not be."""
+    if not parts.checkpoints.pending:
+        return
+    with parts.log.phase("checkpoint"):
+        committed = parts.checkpoints.settle(wait=wait)
+    if committed is not None and parts.journal is not None:
+        parts.journal.prune(parts.checkpoints.complete())
 
 
 @dataclass(frozen=True)
@@ -122,6 +132,7 @@ def take_step(config: LoopConfig, sampling: Sampling, parts: Parts, state: RunSt
     rounds = rollout_rounds(parts, plan, draws, experts, state)
     groups = [group for _, found in rounds for group in found]
     reach("step.journaled")
+    settle(parts)  # it was written while the samplers worked
     data.observe(groups)
 
     # 3. Learning signal: rows with source, advantage and weight per token.

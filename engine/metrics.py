@@ -18,7 +18,7 @@ from .evaluation import SUCCESS, EvalResult
 from .types import Prompt, Rollout, RolloutGroup, RolloutRequest, Source, Update, UpdateReport
 
 if TYPE_CHECKING:
-    from .checkpoint import RunState
+    from .run_state import RunState
     from .sync_proof import SyncProof
 
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import CheckpointError
-from .learner_state import Facts, Snapshot, StateReader
+from .learner_state import Facts, Piece, Snapshot, StateReader
 from .master_weights import (
     Fragment,
     fragments,
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .model_engine import ModelEngine
 
 Columns = dict[str, Mapping[Tensor, Tensor]]
+REFERENCE = "reference"
 ADAPTER = ".lora_"
 """In the names of parameters that no model file holds: a frozen one of them is saved too."""
 
@@ -99,7 +100,9 @@ def restore_model(reader: StateReader, engine: ModelEngine) -> None:
     for name, parameter in named_parameters(engine.deepspeed):
         if parameter.requires_grad or name in frozen:
             column = f"{engine.name}/{'frozen' if name in frozen else 'master'}/{name}"
-            write_parameter(parameter, rank, lambda piece, column=column: reader.read(column, piece))
+            write_parameter(
+                parameter, rank, lambda piece, column=column: reader.read(column, piece)
+            )
 
 
 def read_moments(
@@ -144,3 +147,23 @@ def restore_mask(
             )
             fragment.of(mask).copy_(reader.read(name, fragment.piece))
     engine.mask.restore(found[0]["mask"], masks)
+
+
+def add_reference(snapshot: Snapshot, reference: nn.Module) -> None:
+    """A moved reference, whole on every rank: each writes some of its parameters."""
+    rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    for i, (name, weight) in enumerate(reference.named_parameters()):
+        if i % num_ranks == rank:
+            piece = Piece(tuple(weight.shape), 0, weight.numel())
+            snapshot.add(f"{REFERENCE}/{name}", piece, weight.detach().view(-1))
+
+
+@torch.no_grad()
+def restore_reference(reader: StateReader, reference: nn.Module) -> bool:
+    """Returns whether it had moved from the model that the run began with."""
+    if not any(reader.names(f"{REFERENCE}/")):
+        return False
+    for name, weight in reference.named_parameters():
+        piece = Piece(tuple(weight.shape), 0, weight.numel())
+        weight.view(-1).copy_(reader.read(f"{REFERENCE}/{name}", piece))
+    return True

@@ -60,7 +60,9 @@ class OptimizerStates:
         inner.state.clear()
         self._others.clear()
         for name, states in sets.items():
-            target = inner.state if name == MAIN else self._others.setdefault(name, defaultdict(dict))
+            target = (
+                inner.state if name == MAIN else self._others.setdefault(name, defaultdict(dict))
+            )
             for master, state in states.items():
                 target[master] = {**state, "step": self._step_count(state["step"], master)}
 
@@ -73,4 +75,3 @@ class OptimizerStates:
     @property
     def _inner(self) -> Any:
         return inner_optimizer(self._engine)
-

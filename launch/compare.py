@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from ..algorithms import resolve
+from ..engine.checkpoint import Checkpoints
 from ..engine.config import Section
 from ..engine.errors import ConfigError, PlaitError, Problem
 from .cluster import ray_cluster
@@ -205,7 +206,7 @@ def run_one(entry: Entry, workers: OpenPool, keep_models: bool) -> Outcome:
     folder = recipe.folder
     summary = finished(folder)
     if summary is None:
-        resume = (folder / "checkpoints" / "latest").exists()
+        resume = bool(Checkpoints(folder / "checkpoints", recipe.checkpoint).complete())
         try:
             summary = train(recipe, overwrite=not resume, resume=resume, workers=workers)
         except (PlaitError, RayError, RuntimeError) as error:

@@ -228,7 +228,7 @@ def composed(inputs: Inputs, folder: Path, workers: OpenPool | None = None) -> I
             rollouts=pool,
             scorer=scorer,
             learners=learners,
-            checkpoints=Checkpoints(folder / "checkpoints", recipe.checkpoint),
+            checkpoints=Checkpoints(folder / "checkpoints", recipe.checkpoint, say=log.console.say),
             log=log,
             probes=probe_sequences(data, recipe.rollouts),
             tolerance=Tolerance.for_dtype(coarser(rollout_dtype(recipe), recipe.learner.dtype)),
@@ -373,8 +373,8 @@ def export(recipe: Recipe, output: Path) -> Path:
     from ..engine.checkpoint import Checkpoints
     from .cluster import ray_cluster
 
-    latest = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint).latest()
-    if latest is None:
+    saved = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint).latest()
+    if saved is None:
         raise ConfigError.at("run", str(recipe.folder), "it has no checkpoint to export yet")
     algorithm = recipe.build_algorithm()
     model_path = resolve_model(recipe.model.path)
@@ -383,7 +383,7 @@ def export(recipe: Recipe, output: Path) -> Path:
         try:
             ranks.wait_started()
             everyone = range(ranks.world_size)
-            ranks.call("load", [(str(latest / "learner"),) for _ in everyone])
+            ranks.call("load", [(saved.learner_files,) for _ in everyone])
             ranks.call("export", [(str(output.resolve()),) for _ in everyone])
         finally:
             ranks.close()

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..engine.checkpoint import write_durably
+from ..engine.durable import write_durably
 from ..engine.errors import ConfigError, DataError
 from ..engine.evaluation import SUCCESS
 from ..engine.types import Prompt, Rollout, RolloutGroup, RolloutRequest, Score

@@ -10,8 +10,8 @@ import torch
 
 from plait.algorithms import ALGORITHMS, AlgorithmBase
 from plait.engine.batch import collate
-from plait.engine.checkpoint import RunState
 from plait.engine.metrics import step_metrics
+from plait.engine.run_state import RunState
 from plait.engine.types import (
     Demonstration,
     PolicyOutput,

@@ -13,12 +13,13 @@ from transformers import AutoModel, AutoModelForCausalLM
 from plait.algorithms import Setup
 from plait.algorithms.ppo import Ppo, PpoConfig
 from plait.engine.batch import collate, select
-from plait.engine.checkpoint import RunState
 from plait.engine.config import LearnerConfig, LoraConfig
 from plait.engine.errors import CheckpointError
 from plait.engine.learner import LearnerWorker, Rank
 from plait.engine.learners import InProcessRank, LearnerGroup, RemoteLearner
+from plait.engine.run_state import RunState
 from plait.engine.types import Sampling, Source, Update
+from saved_state import save_state
 
 ALGORITHM = Ppo(PpoConfig(normalizer="rows"), Setup(Sampling(16)))
 RATE = 1e-2
@@ -182,19 +183,18 @@ def test_it_learns_and_survives_a_checkpoint(tiny_model, tmp_path, zero_stage, d
     batch = make_batch()
     losses = [worker.step([batch], "critic", {}, RATE).metrics["loss"] for _ in range(3)]
     assert losses[2] < losses[0]
-    worker.save(str(tmp_path))
+    saved = save_state(worker, tmp_path)
     after_save = worker.step([batch], "critic", {}, RATE)
-    worker.load(str(tmp_path))
+    worker.load(saved)
     assert worker.step([batch], "critic", {}, RATE) == after_save
 
 
 def test_a_checkpoint_without_a_critic_is_refused(tiny_model, tmp_path):
     grpo_like = {"main": frozenset({"old_logprobs"})}
-    LearnerWorker(str(tiny_model), LearnerConfig(), ALGORITHM.losses, grpo_like, Rank()).save(  # pyright: ignore[reportArgumentType]
-        str(tmp_path)
-    )
+    worker = LearnerWorker(str(tiny_model), LearnerConfig(), ALGORITHM.losses, grpo_like, Rank())  # pyright: ignore[reportArgumentType]
+    saved = save_state(worker, tmp_path)
     with pytest.raises(CheckpointError, match="critic"):
-        make_worker(tiny_model).load(str(tmp_path))
+        make_worker(tiny_model).load(saved)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 3])

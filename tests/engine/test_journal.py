@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from plait.engine.checkpoint import RunState
 from plait.engine.errors import CheckpointError
 from plait.engine.journal import Journal
+from plait.engine.run_state import RunState
 from plait.engine.saved_batch import read_batch
 from plait.engine.types import (
     Demonstration,

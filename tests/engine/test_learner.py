@@ -16,6 +16,7 @@ from plait.engine.config import LearnerConfig, LoraConfig
 from plait.engine.learner import LearnerWorker, Rank, learning_rate
 from plait.engine.learners import RemoteLearner
 from plait.engine.types import Sampling, Source
+from saved_state import save_state
 
 KINDS = "ppephe"
 EVERYTHING = ChordConfig(entropy_coef=0.01, kl_coef=0.05, sampler_ratio_cap=2.0)
@@ -186,9 +187,9 @@ def test_training_lowers_the_loss_and_survives_a_checkpoint(
     batch = make_batch()
     losses = [worker.step([batch], "main", COEFS, 1e-2).metrics["loss"] for _ in range(3)]
     assert losses[2] < losses[1] < losses[0]
-    worker.save(str(tmp_path))
+    saved = save_state(worker, tmp_path)
     after_save = worker.step([batch], "main", COEFS, 1e-2)
-    worker.load(str(tmp_path))
+    worker.load(saved)
     assert worker.step([batch], "main", COEFS, 1e-2) == after_save
 
 

@@ -13,10 +13,10 @@ import torch
 
 from plait.algorithms import ALGORITHMS, Setup
 from plait.engine import loop
-from plait.engine.checkpoint import RunState
 from plait.engine.config import EvalConfig, LearnerConfig, LoopConfig
 from plait.engine.learner import LearnerWorker, Rank, WeightRoute
 from plait.engine.learners import InProcessRank, LearnerGroup
+from plait.engine.run_state import RunState
 from plait.engine.saved_batch import read_batch
 from plait.engine.types import Demonstration, Prompt, Rollout, Sampling, Score
 from plait.rewards.groups import ExpectedGroups
@@ -118,7 +118,9 @@ def play(name, model, folder, monkeypatch, **options):
     )
     monkeypatch.setattr(learners, "connect", lambda receivers: None)
     monkeypatch.setattr(loop, "publish", lambda parts, state: None)
-    checkpoints = SimpleNamespace(restore=lambda *a: RunState(), save=lambda *a: None, every=0)
+    checkpoints = SimpleNamespace(
+        restore=lambda *a: RunState(), save=lambda *a: None, every=0, pending=False
+    )
     dice, log, nothing = Dice(), Log(folder), cast(Any, None)
     parts = loop.Parts(
         algorithm=algorithm,

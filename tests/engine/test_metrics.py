@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from plait.engine.checkpoint import RunState
 from plait.engine.metrics import (
     RunLog,
     report_metrics,
     rollout_metrics,
 )
+from plait.engine.run_state import RunState
 from plait.engine.types import Prompt, Rollout, RolloutGroup, Score, UpdateReport
 from plait.launch.console import PlainConsole
 

@@ -16,6 +16,7 @@ from plait.engine.learner import LearnerWorker, Rank
 from plait.engine.learners import InProcessRank, LearnerGroup
 from plait.engine.token_samples import draw, expected_sums, sampled_sums, uniforms
 from plait.engine.types import Sampling, TokenSampling, Update
+from saved_state import save_state
 
 RATE = 1e-2
 COEFS = {"mu": 0.4}
@@ -74,7 +75,7 @@ def test_two_moment_sets_are_independent_and_survive_a_checkpoint(tiny_model, tm
     for before, after in zip(expert, moments(worker.engine.moments._others["expert"]), strict=True):
         assert torch.equal(before, after)
 
-    worker.save(str(tmp_path))
+    saved = save_state(worker, tmp_path)
 
     def go_on():
         reports = [
@@ -84,12 +85,12 @@ def test_two_moment_sets_are_independent_and_survive_a_checkpoint(tiny_model, tm
         return reports, weights(worker)
 
     reports, reached = go_on()
-    worker.load(str(tmp_path))
+    worker.load(saved)
     again, reached_again = go_on()
     assert again == reports
     assert_equal(reached, reached_again)
     # The moments matter: without them the same two steps lead elsewhere.
-    worker.load(str(tmp_path))
+    worker.load(saved)
     worker.engine.moments._others.clear()
     _, elsewhere = go_on()
     assert any(not torch.equal(reached[name], elsewhere[name]) for name in reached)
@@ -146,9 +147,9 @@ def test_a_refreshed_reference_is_the_policy_and_is_saved(tiny_model, tmp_path, 
     worker.step([batch], "main", COEFS, RATE)
     moved = gap(worker)
     assert moved > 1e-3
-    worker.save(str(tmp_path))
+    saved = save_state(worker, tmp_path)
     other = make_worker(tiny_model, algorithm, zero_stage=zero_stage)
-    other.load(str(tmp_path))
+    other.load(saved)
     assert gap(other) == pytest.approx(float(moved), abs=1e-5)
 
 

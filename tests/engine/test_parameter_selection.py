@@ -17,6 +17,7 @@ from plait.engine.learner import LearnerWorker, Rank
 from plait.engine.learners import RemoteLearner
 from plait.engine.parameter_selection import frozen_half, largest_entries, low_rank
 from plait.engine.types import Sampling
+from saved_state import save_state
 
 RATE, COEFS, STEPS = 1e-2, {"mu": 0.4}, 3
 ALGORITHM = Chord(ChordConfig(), Setup(Sampling(16)))
@@ -79,8 +80,9 @@ def mask_of(worker, weights):
         return {n: torch.full(w.shape, n in trained) for n, w in weights.items()}
     masks = {name: torch.zeros(weight.shape, dtype=torch.bool) for name, weight in weights.items()}
     for part in fragments(worker.engine.deepspeed, 0):
-        held = worker.engine.mask._trained[part.master].view(-1)[part.at : part.at + part.length]
-        masks[part.name].view(-1)[part.first : part.first + part.length] = held
+        first, length = part.piece.first, part.piece.length
+        held = part.of(worker.engine.mask._trained[part.master])
+        masks[part.name].view(-1)[first : first + length] = held
     return masks
 
 
@@ -136,9 +138,8 @@ def test_runs_are_equal_and_resume_between_two_choices(
     reached = run(make_worker(tiny_model, config), 0, 5)
     worker = make_worker(tiny_model, config)
     run(worker, 0, 3)  # one step after the choice of step 2
-    worker.save(str(tmp_path))
     resumed = make_worker(tiny_model, config)
-    resumed.load(str(tmp_path))
+    resumed.load(save_state(worker, tmp_path))
     assert_equal(run(resumed, 3, 5), reached)
     assert_equal(run(worker, 3, 5), reached)
 
@@ -168,9 +169,9 @@ def test_everything_chosen_is_plain_training(tiny_model):
 
 
 def test_a_checkpoint_without_masks_is_refused(tiny_model, tmp_path):
-    make_worker(tiny_model, LearnerConfig()).save(str(tmp_path))
+    saved = save_state(make_worker(tiny_model, LearnerConfig()), tmp_path)
     with pytest.raises(CheckpointError, match="parameter_selection"):
-        make_worker(tiny_model, config_of("half")).load(str(tmp_path))
+        make_worker(tiny_model, config_of("half")).load(saved)
 
 
 @pytest.mark.parametrize(

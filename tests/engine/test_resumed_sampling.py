@@ -61,7 +61,10 @@ class Learners:
     def save(self, folder):
         Path(folder).mkdir()
 
-    def load(self, folder): ...
+    def saved(self, *, wait):
+        return []
+
+    def load(self, paths): ...
 
 
 class Log:

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from plait.engine.checkpoint import RunState
 from plait.engine.config import LoopConfig
 from plait.engine.errors import ConfigError, LearnerError
 from plait.engine.loop import end_reason
+from plait.engine.run_state import RunState
 from plait.launch import compare
 from plait.launch.compare import Budget, Outcome, check_same, plan_runs, read_variants
 from plait.launch.compare_chart import Curve, Scale, draw_curves
@@ -262,7 +262,7 @@ def test_an_interrupted_run_continues_from_its_checkpoint_or_starts_over(
     checkpoints = entry.recipe.folder / "checkpoints"
     checkpoints.mkdir(parents=True)
     if state == "checkpoint":
-        (checkpoints / "latest").write_text("step-000001")
+        (checkpoints / "step-000001").mkdir()
     calls = []
 
     def train(recipe, *, workers, **options):
