@@ -13,8 +13,10 @@ from typing import Annotated
 import typer
 
 from ..engine.errors import ConfigError, DataError, PlaitError, Problem
-from .cluster import import_from_here
+from .cluster import INSECURE, import_from_here
 from .config import load_recipe, read_recipe
+from .job import job_id, run_submitted_code, settle
+from .job_commands import Insecure, add_to
 
 app = typer.Typer(
     name="plait",
@@ -26,6 +28,7 @@ app = typer.Typer(
 )
 check = typer.Typer(no_args_is_help=True, help="Proofs that need no cluster.")
 app.add_typer(check, name="check")
+add_to(app)
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value ...")]
@@ -38,19 +41,33 @@ def train(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing run of this name.")] = False,
+    go_on: Annotated[
+        bool | None,
+        typer.Option(
+            "--continue/--no-continue",
+            help="Continue an existing run of this name; the default in a Ray job, which may be started again.",
+        ),
+    ] = None,
+    insecure: Insecure = False,
 ) -> None:
     """Train a recipe."""
+    from .run import CONFIG_FILE
     from .run import train as run
 
-    show_summary(run(load_recipe(recipe, overrides or ()), overwrite=overwrite))
+    accept_insecure(insecure)
+    loaded = settle(load_recipe(recipe, overrides or ()))
+    go_on = job_id() is not None and not overwrite if go_on is None else go_on
+    resume = go_on and (loaded.folder / CONFIG_FILE).exists()
+    show_summary(run(loaded, overwrite=overwrite, resume=resume))
 
 
 @app.command()
-def resume(run: RunArgument) -> None:
+def resume(run: RunArgument, insecure: Insecure = False) -> None:
     """Continue an interrupted run from its last checkpoint."""
     from .run import load_run
     from .run import train as run_train
 
+    accept_insecure(insecure)
     show_summary(run_train(load_run(run), resume=True))
 
 
@@ -361,6 +378,11 @@ def check_recipe(
         print(f"not checked: {problem}")
 
 
+def accept_insecure(insecure: bool) -> None:
+    if insecure:
+        os.environ[INSECURE] = "1"
+
+
 def show_summary(summary: dict) -> None:
     before, after = summary["eval_before"], summary["eval_after"]
     if before and after:
@@ -377,6 +399,7 @@ def show_summary(summary: dict) -> None:
 
 def main() -> None:
     """Entry point: errors that a person can act on are messages, not tracebacks."""
+    run_submitted_code()
     import_from_here()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

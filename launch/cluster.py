@@ -1,15 +1,26 @@
-"""Ray for one run: join the cluster of the job that runs us, or start one on this machine."""
+"""Ray for one run: join the cluster of the job that runs us, or start a private one on this machine.
+
+A private one listens on the loopback interface alone and asks every caller for a token. A cluster that is joined
+(`RAY_ADDRESS`, which Ray sets in a job) belongs to others: where anybody who reaches its ports could run code on it,
+the run refuses to start.
+"""
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
+import secrets
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import plait
+
+from ..engine.errors import ClusterError
 
 # glibc returns every large tensor to the system and page-faults the next one; these settings keep them.
 ALLOCATOR = {
@@ -17,27 +28,96 @@ ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": "68719476736",
     "MALLOC_TOP_PAD_": "268435456",
 }
+INSECURE = "PLAIT_INSECURE"
+"""Environment variable: 1 lets a run start on a cluster that is open to anybody."""
+ASK_SECONDS = 3.0
 
 
 @contextmanager
 def ray_cluster() -> Iterator[None]:
     """Ray is up inside; a cluster that was started here ends with it, one that was up before stays."""
     os.environ["PYTHONPATH"] = python_path()
+    joins = "RAY_ADDRESS" in os.environ
+    if not joins:
+        keep_private()
     import ray
 
     if ray.is_initialized():
         yield
         return
-    ray.init(
+    # A job's own runtime environment and ours are both wanted; ours holds its PYTHONPATH too.
+    os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
+    context = ray.init(
+        address=None if joins else "local",
         logging_level=logging.ERROR,
         log_to_driver=False,
-        include_dashboard=False if "RAY_ADDRESS" not in os.environ else None,
+        include_dashboard=None if joins else False,
         runtime_env={"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"]}},
     )
     try:
+        refuse_exposed(context.dashboard_url)
         yield
     finally:
         ray.shutdown()
+
+
+def keep_private() -> None:
+    """The cluster that this process starts next listens on 127.0.0.1, and its token is its owner's alone."""
+    # Read when ray is imported: false makes it take the loopback interface for the node's address.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    ensure_token()
+
+
+def ensure_token() -> None:
+    """Ray would write a token that every user of the machine can read, and with RAY_AUTH_MODE=token set by hand waits
+    for ever where there is none."""
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_MODE") == "disabled":
+        return
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if path.is_file() and path.stat().st_size:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return  # another run makes it at this moment
+    with os.fdopen(fd, "w") as file:
+        file.write(secrets.token_hex(32))
+
+
+def refuse_exposed(dashboard: str | None) -> None:
+    """ClusterError where the cluster listens beyond this machine and asks nobody for a token."""
+    import ray
+
+    if os.environ.get(INSECURE) == "1" or asks_for_token(dashboard):
+        return
+    addresses = sorted({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]})
+    reachable = [a for a in addresses if not ipaddress.ip_address(a).is_loopback]
+    if reachable:
+        raise ClusterError(
+            f"the Ray cluster at {', '.join(reachable)} asks nobody for a token: whoever reaches its ports can run "
+            "code on it. Make a token (`ray get-auth-token --generate`), give every node the same, and start Ray with "
+            "RAY_AUTH_MODE=token; or accept it with --insecure"
+        )
+
+
+def asks_for_token(dashboard: str | None) -> bool:
+    """By this process's own mode, and by the cluster itself where it has a dashboard."""
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled
+
+    if not is_token_auth_enabled():
+        return False
+    return not dashboard or not answers_anybody(f"http://{dashboard}/api/jobs/")
+
+
+def answers_anybody(url: str) -> bool:
+    """Whether a call without a token is served. A dashboard that cannot be reached from here tells nothing."""
+    try:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(url, timeout=ASK_SECONDS):
+            return True
+    except (OSError, urllib.error.HTTPError):
+        return False
 
 
 def python_path() -> str:

@@ -23,7 +23,7 @@ from .config import Recipe
 
 NO_CORES = 1e-3
 """CPUs of a bundle that reserves none: Ray has no empty bundles."""
-TELL_SECONDS = 30.0
+FIRST_SECONDS, TELL_SECONDS = 1.0, 30.0
 POLL_SECONDS = 0.5
 
 Options = Mapping[str, Any]
@@ -59,7 +59,7 @@ class Bundles:
                 total[kind] = total.get(kind, 0.0) + n
         pieces = Counter(words(bundle) for bundle in self.resources)
         each = ", ".join(f"{n} x {piece}" for piece, n in pieces.items() if piece)
-        return f"{words(total)} ({each})"
+        return f"{words(total)} ({each})" if each else f"{len(self.resources)} places on one node"
 
 
 def plan_bundles(recipe: Recipe, *, learner: bool, rollouts: bool) -> Bundles:
@@ -110,9 +110,9 @@ def reserve(
 
 
 def wait_for(group: Any, bundles: Bundles, seconds: float, tell: Callable[[str], None]) -> None:
-    """Until the reservation stands; says at once, and each half minute, what it waits for."""
+    """Until the reservation stands; says soon, and each half minute, what it waits for."""
     started = time.monotonic()
-    told = -TELL_SECONDS
+    told = FIRST_SECONDS - TELL_SECONDS
     while not group.wait(POLL_SECONDS):
         waited = time.monotonic() - started
         missing = f"waits for {bundles.needed()}; {supply(bundles)}"
@@ -129,23 +129,21 @@ def wait_for(group: Any, bundles: Bundles, seconds: float, tell: Callable[[str],
 def supply(bundles: Bundles) -> str:
     """What each node has of the resources in question.
 
-    "node 10.0.0.1 has GPU 1 of 8 free"
+    "node 10.0.0.1 has GPU 1 of 8 free; node 10.0.0.2 has GPU 0 of 8 free (2 nodes)"
     """
     import ray
     from ray._private.state import available_resources_per_node
 
-    kinds = {kind for bundle in bundles.resources for kind in bundle if bundle[kind] > NO_CORES}
+    kinds = sorted({kind for bundle in bundles.resources for kind in bundle} - {"CPU"})
     free = available_resources_per_node()
     nodes = []
     for node in ray.nodes():
-        if not node["Alive"]:
-            continue
-        has = free.get(node["NodeID"], {})
-        kinds_here = [
-            f"{kind} {has.get(kind, 0):g} of {node['Resources'].get(kind, 0):g}"
-            for kind in sorted(kinds)
-        ]
-        nodes.append(f"node {node['NodeManagerAddress']} has {', '.join(kinds_here)} free")
+        if node["Alive"]:
+            has, of = free.get(node["NodeID"], {}), node["Resources"]
+            here = ", ".join(
+                f"{kind} {has.get(kind, 0):g} of {of.get(kind, 0):g} free" for kind in kinds
+            )
+            nodes.append(f"node {node['NodeManagerAddress']}" + (f" has {here}" if here else ""))
     return "; ".join(f"{text} ({n} nodes)" if n > 1 else text for text, n in Counter(nodes).items())
 
 

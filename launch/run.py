@@ -85,7 +85,7 @@ def prepare_folder(recipe: Recipe, *, overwrite: bool) -> Path:
             raise ConfigError.at(
                 "run.name",
                 recipe.run.name,
-                f"{folder} already holds a run; continue it with `plait resume {folder}`, "
+                f"{folder} already holds a run; continue it with --continue or `plait resume {folder}`, "
                 "choose another run.name, or replace it with --overwrite",
             )
         shutil.rmtree(folder)
