@@ -197,7 +197,7 @@ class Amft(AlgorithmBase):
     def observe(self, report: UpdateReport) -> None:
         """Move mu by what the step's minibatches say so far; the last one has the final word."""
         entropy = report.metrics.get("policy_entropy")
-        if entropy is None or not report.applied:
+        if entropy is None:
             return
         self._entropies.append(entropy)
         if self.entropy_target is None:

@@ -125,7 +125,7 @@ class Sasr(AlgorithmBase):
 
     def observe(self, report: UpdateReport) -> None:
         """Norms of `sft` steps only: the mean over the step's minibatches."""
-        if report.loss_name != "sft" or not report.applied:
+        if report.loss_name != "sft":
             return
         self._norms.append(report.grad_norm)
         self.last_norm = sum(self._norms) / len(self._norms)

@@ -126,6 +126,8 @@ class LearnerConfig(Section):
     weight_decay: float = Field(default=0.01, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to this L2 norm; the norm before clipping is what metrics report."""
+    max_skipped_updates: int = Field(default=3, ge=1)
+    """Optimizer steps in a row that are left out because their loss or gradient is not finite, until the run stops."""
     max_tokens_per_micro_batch: int = Field(default=4096, ge=1)
     """Token budget of one forward pass; rows are packed into it and never split."""
     packing: bool = True

@@ -138,7 +138,10 @@ class Algorithm(Protocol):
         ...
 
     def observe(self, report: UpdateReport) -> None:
-        """Driver: feed gradient norms or metrics back into the algorithm's state."""
+        """Driver: feed gradient norms or metrics of an optimizer step back into the algorithm's state.
+
+        Steps that were left out because something was not finite are not reported.
+        """
         ...
 
     def metrics(self) -> Mapping[str, float]:

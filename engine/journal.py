@@ -10,13 +10,12 @@ are repeated to the bit. Entries are kept back to the checkpoint before the last
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .durable import sync_folder
-from .errors import CheckpointError, DataError
+from .durable import replace_durably, storage_errors
+from .errors import DataError
 from .saved_batch import SavedBatch, digest_of, read_batch, save_rounds, to_bytes
 from .types import Prompt, RolloutGroup, RolloutRequest
 
@@ -81,20 +80,8 @@ class Journal:
             follows=self._last,
         )
         data = to_bytes(path, entry)
-        work = path.with_suffix(".partial")
-        try:
-            with work.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            work.rename(path)
-            sync_folder(self.folder)
-        except OSError as error:
-            work.unlink(missing_ok=True)
-            raise CheckpointError(
-                f"{path} cannot be written: {error}. Nothing was trained on this step's rollouts; make room, then "
-                "`plait resume`"
-            ) from error
+        with storage_errors(path, "The journal of rollouts could not be written"):
+            replace_durably(path, data.decode())
         self._last = digest_of(data)
 
     def prune(self, checkpoints: Sequence[Path]) -> None:

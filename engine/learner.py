@@ -45,6 +45,10 @@ if TYPE_CHECKING:
     from .durable import FileRecord
     from .weight_sync import WeightSender
 
+REMEDY = (
+    "Lower learner.learning_rate, or bound the ratio (algorithm.clip_high, algorithm.dual_clip)"
+)
+
 
 @dataclass(frozen=True)
 class Rank:
@@ -208,15 +212,25 @@ class LearnerWorker:
     ) -> UpdateReport:
         """Accumulate the gradients of a minibatch and apply them with the AdamW moments of that name.
 
-        A loss that needs `new_values` moves the critic, every other one the policy.
-        Raises LearnerError naming the metric when the loss or a gradient is not finite; nothing is applied then.
+        A loss that needs `new_values` moves the critic, every other one the policy. Where the loss, a metric or the
+        gradient is not finite on any rank, no rank changes anything, and the report says what it was.
         """
         metrics = self._accumulate(micro_batches, loss_name, coefs)
         engine = self._trained_by(loss_name)
-        if engine.mask is not None:
-            metrics["trained_share"] = engine.mask.select()
-        grad_norm = engine.apply(learning_rate, optimizer)
-        return UpdateReport(loss_name, grad_norm, metrics, learning_rate, model=engine.name)
+        bad = not_finite(metrics)
+        if bad:
+            grad_norm = engine.discard()
+        else:
+            if engine.mask is not None:
+                metrics["trained_share"] = engine.mask.select()
+            grad_norm = engine.apply(learning_rate, optimizer)
+            bad = [] if isfinite(grad_norm) else ["gradient"]
+            if bad and engine.mask is not None:
+                engine.mask.retract()
+        metrics = {name: value for name, value in metrics.items() if isfinite(value)}
+        return UpdateReport(
+            loss_name, grad_norm, metrics, learning_rate, model=engine.name, skipped=", ".join(bad)
+        )
 
     def gradients(
         self,
@@ -230,6 +244,10 @@ class LearnerWorker:
         With `only`, the part of it that goes through tokens of that source.
         """
         metrics = self._accumulate(micro_batches, loss_name, coefs, only)
+        if bad := not_finite(metrics):
+            raise LearnerError(
+                f"update {loss_name!r}: {', '.join(bad)} not finite, so its gradient cannot be measured. {REMEDY}"
+            )
         engine = self._trained_by(loss_name)
         found = {name: gradient.clone() for name, gradient in engine.gradients()}
         norm = engine.discard()
@@ -290,12 +308,6 @@ class LearnerWorker:
             for name, value in measured.items():
                 totals[name] = totals.get(name, 0) + value.detach().double()
         sums = self._sum_over_ranks(totals)
-        bad = [name for name, value in sums.items() if not isfinite(value)]
-        if bad:
-            raise LearnerError(
-                f"update {loss_name!r}: {', '.join(bad)} not finite; the step was not applied. "
-                f"Lower the learning rate of the {engine.name}, or bound the ratio (algorithm.clip_high, dual_clip)"
-            )
         return derived_metrics(sums) if engine is self.engine else sums
 
     def _output(
@@ -424,6 +436,10 @@ class LearnerWorker:
     def close(self) -> None:
         if self.sender is not None:
             self.sender.close()
+
+
+def not_finite(metrics: Mapping[str, float]) -> list[str]:
+    return [name for name, value in metrics.items() if not isfinite(value)]
 
 
 def derived_metrics(metrics: Mapping[str, float]) -> dict[str, float]:

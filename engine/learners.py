@@ -13,7 +13,7 @@ from .config import LearnerConfig
 from .contracts import LossFn, Need, PrepareFn, RememberFn
 from .durable import FileRecord
 from .errors import LearnerError
-from .learner import LearnerWorker, Rank, WeightRoute, free_port, learning_rate
+from .learner import REMEDY, LearnerWorker, Rank, WeightRoute, free_port, learning_rate
 from .probes import GradientComparison, GradientProbe
 from .types import (
     Source,
@@ -24,6 +24,7 @@ from .types import (
 )
 
 CLOSE_SECONDS = 5.0
+PROMPTS_SHOWN = 8
 
 
 class Ranks(Protocol):
@@ -177,6 +178,7 @@ class LearnerGroup:
     ) -> None:
         self.ranks, self.config, self.needs = ranks, config, needs
         self.total_steps, self.seed, self.route = total_steps, seed, route
+        self._skipped_in_a_row = 0
 
     def annotate(self, batch: TrainBatch, needs: frozenset[Need], *, single: bool) -> TrainBatch:
         """Fill old_logprobs, old_entropy, ref_logprobs, values and the sketch of each row where `needs` names them.
@@ -236,10 +238,26 @@ class LearnerGroup:
                 minibatch = replace(minibatch, denom=count(minibatch))
                 if minibatch.denom.tokens:
                     minibatch = self._prepare(minibatch, update.loss, update.coefs, prepare)
-                    reports += self._steps(minibatch, update, scheduled)
-                    if remember is not None:
+                    steps = list(self._steps(minibatch, update, scheduled))
+                    for report in steps:
+                        self._count_skipped(report, step, minibatch)
+                    reports += steps
+                    if remember is not None and steps[0].applied:
                         remember(minibatch)
         return reports
+
+    def _count_skipped(self, report: UpdateReport, step: int, minibatch: TrainBatch) -> None:
+        """Raises LearnerError where `learner.max_skipped_updates` in a row were left out."""
+        self._skipped_in_a_row = 0 if report.applied else self._skipped_in_a_row + 1
+        if self._skipped_in_a_row < self.config.max_skipped_updates:
+            return
+        names = list(dict.fromkeys(minibatch.group_names))
+        some = ", ".join(names[:PROMPTS_SHOWN]) + (", ..." if len(names) > PROMPTS_SHOWN else "")
+        raise LearnerError(
+            f"{report.skipped} not finite in update {report.loss_name!r} of step {step + 1}, on {len(names)} prompts "
+            f"({some}); {self._skipped_in_a_row} optimizer steps in a row were left out "
+            f"(learner.max_skipped_updates). {REMEDY}"
+        )
 
     def _steps(
         self, minibatch: TrainBatch, update: Update, scheduled: float

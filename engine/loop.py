@@ -267,6 +267,8 @@ def measure_gradients(
             probes.append(GradientProbe(name, batch, update.loss, update.coefs, only))
         prepare = parts.algorithm.prepare
         found = parts.learners.compare_gradients(probes, step=step, prepare=prepare)
+    if not found.is_finite:
+        return {}  # the update itself will be left out, and counted
     if wanted:
         parts.algorithm.observe_gradients(found)
     return gradient_ledger(found, split)
@@ -280,7 +282,8 @@ def apply_update(parts: Parts, update: Update, step: int) -> list[UpdateReport]:
     hooks = {"prepare": parts.algorithm.prepare, "remember": parts.algorithm.remember}
     reports = list(parts.learners.update(batch, update, step=step, **hooks))
     for report in reports:
-        parts.algorithm.observe(report)
+        if report.applied:
+            parts.algorithm.observe(report)
     return reports
 
 

@@ -129,12 +129,16 @@ def demonstration_metrics(prompts: Sequence[Prompt]) -> dict[str, float]:
 
 def num_policy_steps(reports: Sequence[UpdateReport]) -> int:
     """Optimizer steps that moved the policy."""
-    return sum(report.model == "policy" for report in reports)
+    return sum(report.model == "policy" and report.applied for report in reports)
 
 
 def report_metrics(reports: Sequence[UpdateReport]) -> dict[str, float]:
-    """Tokens are sums over the step's optimizer steps; everything else is their mean, by loss."""
-    metrics: dict[str, float] = {}
+    """Tokens are sums over the step's optimizer steps; everything else is their mean, by loss.
+
+    Steps that were left out are counted, and nothing else.
+    """
+    metrics: dict[str, float] = {"updates/skipped": sum(not report.applied for report in reports)}
+    reports = [report for report in reports if report.applied]
     for source in sorted({source for report in reports for source in report.tokens}):
         metrics[f"tokens/{source}"] = sum(report.tokens.get(source, 0) for report in reports)
     for loss in dict.fromkeys(report.loss_name for report in reports):

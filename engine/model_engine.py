@@ -6,6 +6,7 @@ The policy has one, and so has the critic of an algorithm that trains one: both 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import isfinite
 from typing import Any, Literal
 
 import torch
@@ -76,7 +77,11 @@ class ModelEngine:
         self.deepspeed.backward(scaled, scale_wrt_gas=False)
 
     def apply(self, learning_rate: float, optimizer: str = MAIN) -> float:
-        """Optimizer step with the AdamW moments of that name; returns the gradient norm before clipping."""
+        """Optimizer step with the AdamW moments of that name; returns the gradient norm before clipping.
+
+        Where that is not finite (on every rank then: the norm is that of all ranks) the gradients are dropped, and no
+        weight and no moment changes. Under ZeRO DeepSpeed itself leaves such a step out.
+        """
         engine = self.deepspeed
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -85,7 +90,8 @@ class ModelEngine:
             norm = torch.nn.utils.clip_grad_norm_(
                 self.module.parameters(), self.config.max_grad_norm
             )
-        with self.moments.use(optimizer):
+        usable = norm is None or isfinite(norm)
+        with self.moments.use(optimizer) if usable else self.moments.unmoved():
             engine.step()
         if norm is None:
             norm = engine.get_global_grad_norm()

@@ -154,6 +154,10 @@ class UpdateMask:
         self.steps += 1
         return self._share
 
+    def retract(self) -> None:
+        """The optimizer step that `select` chose for was left out."""
+        self.steps -= 1
+
     def _is_due(self) -> bool:
         if not self._trained:
             return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 
 from .types import Source, TrainBatch
 
@@ -34,6 +35,11 @@ class GradientComparison:
     gram: tuple[tuple[float, ...], ...]
     metrics: tuple[Mapping[str, float], ...]
     """The loss and its metrics, by probe; of the whole loss also where a probe differentiates one source."""
+
+    @property
+    def is_finite(self) -> bool:
+        """False where a loss or a gradient is not: nothing can be said of any of them then."""
+        return all(isfinite(value) for row in self.gram for value in row)
 
     def dot(self, one: str, other: str) -> float:
         return self.gram[self.names.index(one)][self.names.index(other)]

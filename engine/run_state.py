@@ -25,6 +25,8 @@ class RunState:
     """Weight syncs whose proof held; one that fails ends the run."""
     optimizer_steps: int = 0
     """Of the policy; a critic's are not counted."""
+    skipped_updates: int = 0
+    """Optimizer steps left out because a loss or gradient was not finite."""
     weights: str = ""
     """Digest of the weights that the samplers serve."""
     tokens: dict[str, int] = field(default_factory=dict)
@@ -44,11 +46,12 @@ class RunState:
     def advance(self, reports: Sequence[UpdateReport]) -> bool:
         """Account for one finished step; weights that changed get a new version. Returns whether they did."""
         moved = num_policy_steps(reports)
+        self.skipped_updates += sum(not report.applied for report in reports)
         self.step += 1
         self.policy_version += bool(moved)
         self.optimizer_steps += moved
         for report in reports:
-            for source, n in report.tokens.items():
+            for source, n in report.tokens.items() if report.applied else ():
                 self.tokens[source] = self.tokens.get(source, 0) + n
         return bool(moved)
 

@@ -335,5 +335,9 @@ class UpdateReport:
     """Trained tokens by source ("policy", "expert"), or "critic", and "computed" (all of the forward pass)."""
     model: Literal["policy", "critic"] = "policy"
     """Which weights moved."""
-    applied: bool = True
-    """False when a non-finite gradient made every rank skip the step."""
+    skipped: str = ""
+    """What was not finite, so that every rank left out the step: "" where it was applied."""
+
+    @property
+    def applied(self) -> bool:
+        return not self.skipped

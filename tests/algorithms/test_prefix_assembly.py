@@ -210,11 +210,8 @@ def test_sasr_resumes_its_gate():
         assert second.state_dict() == whole.state_dict()
 
 
-def test_sasr_ignores_steps_that_were_not_applied():
+def test_sasr_without_a_norm_imitates():
     algorithm = build("sasr", warmup_steps=1)
-    algorithm.plan(PROMPTS, [], 0)
-    algorithm.observe(UpdateReport("sft", float("nan"), {}, 1e-6, applied=False))
-    assert algorithm.last_norm is None
     algorithm.plan(PROMPTS, [], 1)
     assert algorithm.sft_probability == 1.0
 

@@ -156,8 +156,10 @@ def test_a_full_disk_leaves_no_half_entry(journal, monkeypatch):
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("plait.engine.journal.os.fsync", full)
-    with pytest.raises(CheckpointError, match=r"step-000005.json cannot be written: .*No space"):
+    monkeypatch.setattr("plait.engine.durable.os.fsync", full)
+    with pytest.raises(
+        CheckpointError, match=r"journal of rollouts could not be written: .*No space.*step-000005"
+    ):
         journal.write(STATE, [], [round_of("a")])
     assert list(journal.folder.iterdir()) == []
 

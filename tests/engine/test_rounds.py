@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from plait.engine.loop import Parts, rollout_rounds
+from plait.engine.loop import Draws, Parts, rollout_rounds
+from plait.engine.run_state import RunState
 from plait.engine.types import (
     Prompt,
     Rollout,
@@ -64,6 +65,12 @@ def parts(follow_up, data=None) -> Parts:
     return Parts(algorithm, data, Pool(), Scorer(), log=log, **fakes)  # type: ignore[arg-type]
 
 
+def take_rounds(parts, plan, prompts):
+    """The groups of each round."""
+    rounds = rollout_rounds(parts, plan, Draws(parts, None, list(prompts)), (), RunState())
+    return [groups for _, groups in rounds]
+
+
 def plan(*prompts, n=2) -> StepPlan:
     return StepPlan(tuple(RolloutRequest(prompt, n, SAMPLING) for prompt in prompts))
 
@@ -80,7 +87,7 @@ def test_rollouts_of_a_prompt_are_numbered_on_over_rounds():
         hinted = RolloutRequest(PROMPTS[0], 2, SAMPLING, prefix=(9,), first_index=1)
         return [again, hinted]
 
-    rounds = rollout_rounds(parts(follow_up), plan(*PROMPTS[:2]), PROMPTS[:2], 0)
+    rounds = take_rounds(parts(follow_up), plan(*PROMPTS[:2]), PROMPTS[:2])
     assert [indices(groups) for groups in rounds] == [
         [("a", 0), ("a", 1), ("b", 0), ("b", 1)],
         [("a", 2), ("a", 3), ("a", 4)],
@@ -96,7 +103,7 @@ def test_fresh_prompts_are_those_that_are_not_in_the_step_yet():
         return [RolloutRequest(PROMPTS[2], 2, SAMPLING)] if len(drawn) == 1 else ()
 
     data = Data(position=2)
-    rollout_rounds(parts(follow_up, data), plan(*PROMPTS[:2]), PROMPTS[:2], 0)
+    take_rounds(parts(follow_up, data), plan(*PROMPTS[:2]), PROMPTS[:2])
     assert drawn == [["c"], []], "a of the next epoch is in the step already"
     assert data.position == 6, "the stream moves by what was asked for"
 
@@ -105,4 +112,4 @@ def test_a_supervised_step_has_no_round_and_is_not_asked():
     def follow_up(rounds, step, draw):
         pytest.fail("no rollouts, nothing to follow up")
 
-    assert rollout_rounds(parts(follow_up), StepPlan(experts=(PROMPTS[0],)), PROMPTS, 0) == []
+    assert take_rounds(parts(follow_up), StepPlan(experts=(PROMPTS[0],)), PROMPTS) == []
