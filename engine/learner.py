@@ -142,11 +142,10 @@ class LearnerWorker:
         import deepspeed
 
         if torch.distributed.is_initialized():
-            if torch.distributed.get_world_size() != self.rank.world_size:
-                raise LearnerError(
-                    f"this process is already in a group of {torch.distributed.get_world_size()} ranks; "
-                    f"a learner of {self.rank.world_size} needs fresh processes"
-                )
+            present = torch.distributed.get_world_size()
+            if present != self.rank.world_size:
+                text = f"this process is one of {present} ranks; {self.rank.world_size} need fresh ones"
+                raise LearnerError(text)
             return
         # DeepSpeed and torch read the same facts from the environment.
         os.environ.update(
@@ -156,6 +155,9 @@ class LearnerWorker:
             MASTER_ADDR=self.rank.address,
             MASTER_PORT=str(self.rank.port or free_port()),
         )
+        # Else DeepSpeed compiles a shared-memory all-reduce at every start, under a lock file that outlives a killed
+        # process and that all later ones wait for; gloo and NCCL reduce without it.
+        deepspeed.ops.__compatible_ops__ = {}
         deepspeed.init_distributed(
             dist_backend="nccl" if self.config.device == "cuda" else "gloo",
             auto_mpi_discovery=False,
@@ -391,7 +393,7 @@ class LearnerWorker:
 
     @property
     def _engines(self) -> list[ModelEngine]:
-        return [self.engine] if self.critic is None else [self.engine, self.critic]
+        return [engine for engine in (self.engine, self.critic) if engine is not None]
 
     def save(self, folder: str) -> None:
         """Copy this rank's share of the state to host memory; a thread writes it while training goes on."""
@@ -411,7 +413,7 @@ class LearnerWorker:
 
     def load(self, paths: Sequence[str]) -> None:
         """Take over the state in these files, whatever number of ranks wrote them. No collectives."""
-        reader = StateReader([Path(path) for path in paths])
+        reader = StateReader(list(map(Path, paths)))
         for engine in self._engines:
             restore_model(reader, engine)
         if self.reference is not None:
