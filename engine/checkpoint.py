@@ -247,13 +247,7 @@ class Checkpoints:
         self._pending = None  # of ranks that are gone
         saved = self.latest()
         self._tidy(saved)
-        if saved is None:
-            return RunState()
-        content = json.loads((saved.folder / STATE_FILE).read_bytes())
-        learners.load(saved.learner_files)
-        algorithm.load_state_dict(content["algorithm"])
-        data.load_state_dict(content["data"])
-        return RunState.from_json(content["run"])
+        return RunState() if saved is None else load(saved, algorithm, data, learners)
 
     def _tidy(self, used: Saved | None) -> None:
         """Remove what interrupted saves left, and put damaged checkpoints aside: they must not count as kept."""
@@ -270,6 +264,15 @@ class Checkpoints:
                     remove(aside)
                 path.rename(aside)
                 self._say(f"checkpoint: {path.name} was put aside as {aside.name}")
+
+
+def load(saved: Saved, algorithm: Algorithm, data: DataSource, learners: Learners) -> RunState:
+    """Put a checkpoint into all parts of a run."""
+    content = json.loads((saved.folder / STATE_FILE).read_bytes())
+    learners.load(saved.learner_files)
+    algorithm.load_state_dict(content["algorithm"])
+    data.load_state_dict(content["data"])
+    return RunState.from_json(content["run"])
 
 
 def step_of(folder: Path) -> int:

@@ -33,6 +33,7 @@ from .model_engine import ModelEngine
 from .model_state import add_model, add_reference, restore_model, restore_reference
 from .parameter_selection import make_mask
 from .state_writer import StateWriter
+from .step_sums import REMEDY, derived_metrics, not_finite
 from .types import (
     PolicyOutput,
     Source,
@@ -44,10 +45,6 @@ from .types import (
 if TYPE_CHECKING:
     from .durable import FileRecord
     from .weight_sync import WeightSender
-
-REMEDY = (
-    "Lower learner.learning_rate, or bound the ratio (algorithm.clip_high, algorithm.dual_clip)"
-)
 
 
 @dataclass(frozen=True)
@@ -99,7 +96,9 @@ class LearnerWorker:
         token_sampling: TokenSampling | None = None,
         seed: int = 0,
         entropy_top_k: int | None = None,
+        deterministic: bool = False,
     ) -> None:
+        """`deterministic`: equal calls give equal bits, on a GPU too; an operation that cannot is an error."""
         from .critic import load_critic
         from .model import PolicyModel, load_model
 
@@ -111,7 +110,10 @@ class LearnerWorker:
             torch.device(config.device, 0) if config.device == "cuda" else torch.device("cpu")
         )
         torch.set_num_threads(config.num_cpus)
-        torch.manual_seed(0)
+        torch.manual_seed(
+            0
+        )  # fresh adapters and heads; afterwards nothing draws from torch's own generators
+        torch.use_deterministic_algorithms(deterministic)
         self._join_ranks()
         model = load_model(model_path, config)
         model.train()
@@ -438,24 +440,6 @@ class LearnerWorker:
     def close(self) -> None:
         if self.sender is not None:
             self.sender.close()
-
-
-def not_finite(metrics: Mapping[str, float]) -> list[str]:
-    return [name for name, value in metrics.items() if not isfinite(value)]
-
-
-def derived_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Replace the sums by `expert_gradient_share` = |g_expert| / (|g_expert| + |g_policy|) and `sampler_gap`, the
-    mean |log p_learner - log p_sampler| over policy tokens. Absent where there is nothing to compare.
-    """
-    kept = dict(metrics)
-    policy, expert = kept.pop("grad_sq_policy") ** 0.5, kept.pop("grad_sq_expert") ** 0.5
-    gap_sum, gap_tokens = kept.pop("gap_sum"), kept.pop("gap_tokens")
-    if policy + expert > 0:
-        kept["expert_gradient_share"] = expert / (policy + expert)
-    if gap_tokens > 0:
-        kept["sampler_gap"] = gap_sum / gap_tokens
-    return kept
 
 
 def free_port() -> int:

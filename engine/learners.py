@@ -13,8 +13,9 @@ from .config import LearnerConfig
 from .contracts import LossFn, Need, PrepareFn, RememberFn
 from .durable import FileRecord
 from .errors import LearnerError
-from .learner import REMEDY, LearnerWorker, Rank, WeightRoute, free_port, learning_rate
+from .learner import LearnerWorker, Rank, WeightRoute, free_port, learning_rate
 from .probes import GradientComparison, GradientProbe
+from .step_sums import REMEDY
 from .types import (
     Source,
     TokenSampling,
@@ -67,6 +68,7 @@ class RayRanks:
         seed: int = 0,
         entropy_top_k: int | None = None,
         seats: Sequence[Mapping[str, Any]] = (),
+        deterministic: bool = False,
     ) -> None:
         """`gpu_share` is what a rank claims of its GPU: less than 1 where a rollout worker lives there too.
 
@@ -97,6 +99,7 @@ class RayRanks:
                 token_sampling,
                 seed,
                 entropy_top_k,
+                deterministic,
             )
             for i, worker in enumerate(self.workers)
         ]
@@ -240,18 +243,18 @@ class LearnerGroup:
                     minibatch = self._prepare(minibatch, update.loss, update.coefs, prepare)
                     steps = list(self._steps(minibatch, update, scheduled))
                     for report in steps:
-                        self._count_skipped(report, step, minibatch)
+                        self._count_skipped(report, step)
                     reports += steps
                     if remember is not None and steps[0].applied:
                         remember(minibatch)
         return reports
 
-    def _count_skipped(self, report: UpdateReport, step: int, minibatch: TrainBatch) -> None:
+    def _count_skipped(self, report: UpdateReport, step: int) -> None:
         """Raises LearnerError where `learner.max_skipped_updates` in a row were left out."""
         self._skipped_in_a_row = 0 if report.applied else self._skipped_in_a_row + 1
         if self._skipped_in_a_row < self.config.max_skipped_updates:
             return
-        names = list(dict.fromkeys(minibatch.group_names))
+        names = report.prompts
         some = ", ".join(names[:PROMPTS_SHOWN]) + (", ..." if len(names) > PROMPTS_SHOWN else "")
         raise LearnerError(
             f"{report.skipped} not finite in update {report.loss_name!r} of step {step + 1}, on {len(names)} prompts "
@@ -329,7 +332,12 @@ class LearnerGroup:
         if report.model == "critic":
             trained = {"critic": policy}
         tokens = {**trained, "computed": minibatch.num_tokens}
-        return replace(report, tokens=tokens, metrics={**report.metrics, **coefs})
+        return replace(
+            report,
+            tokens=tokens,
+            metrics={**report.metrics, **coefs},
+            prompts=trained_prompts(minibatch),
+        )
 
     def _parts(self, batch: TrainBatch) -> list[list[list[int]]]:
         return partition(batch, self.ranks.world_size, self.config.max_tokens_per_micro_batch)
@@ -364,3 +372,9 @@ class LearnerGroup:
 
     def close(self) -> None:
         self.ranks.close()
+
+
+def trained_prompts(batch: TrainBatch) -> tuple[str, ...]:
+    """Ids of the prompts that have a row with a trained token."""
+    rows = batch.row_ids[batch.trained].unique().tolist()
+    return tuple(dict.fromkeys(batch.group_names[row] for row in rows))

@@ -25,6 +25,7 @@ from .metrics import RunLog, step_metrics
 from .probes import GradientProbe
 from .run_state import RunState
 from .saved_batch import SavedBatch, save_rounds, to_bytes
+from .step_record import StepRecord, account, count_outcomes
 from .sync_proof import Tolerance, digest, prove_sync
 from .types import (
     Prompt,
@@ -103,12 +104,21 @@ def settle(parts: Parts, *, wait: bool = False) -> None:
 class StepDone:
     """What one step was made of, and what came of it."""
 
-    asked: Sequence[Prompt]
-    """Prompts of the step and of its expert stream."""
+    draws: Draws
+    experts: Sequence[Prompt]
     rounds: Sequence[Round]
     updates: Sequence[Update]
     reports: Sequence[UpdateReport]
     ledger: dict[str, float]
+    outcomes: tuple[tuple[str, str], ...]
+    """Of every prompt drawn from the training stream; `expert_outcomes` of the expert stream."""
+    expert_outcomes: tuple[tuple[str, str], ...]
+
+    def record(self, state: RunState) -> StepRecord:
+        updates = ((r.loss_name, r.metrics.get("loss"), r.grad_norm) for r in self.reports)
+        return StepRecord(
+            state.step, self.outcomes, self.expert_outcomes, tuple(updates), state.weights
+        )
 
     @property
     def groups(self) -> list[RolloutGroup]:
@@ -147,7 +157,11 @@ def take_step(config: LoopConfig, sampling: Sampling, parts: Parts, state: RunSt
     reach("step.updated")
     asked = [*prompts, *experts]
     ledger |= expert_ledger(algorithm, asked, groups, updates, step, sampling.max_tokens)
-    return StepDone(asked, rounds, updates, reports, ledger)
+    known = algorithm.ledger(updates, step)
+    reasons = {**known.unused, **known.dropped}
+    outcomes = account(draws.prompts, draws.repeated, groups, reports, reasons)
+    expert_outcomes = account(experts, (), groups, reports, reasons)
+    return StepDone(draws, experts, rounds, updates, reports, ledger, outcomes, expert_outcomes)
 
 
 def record_step(config: LoopConfig, parts: Parts, state: RunState, done: StepDone) -> None:
@@ -155,11 +169,14 @@ def record_step(config: LoopConfig, parts: Parts, state: RunState, done: StepDon
     algorithm, log = parts.algorithm, parts.log
     rounds = [groups for _, groups in done.rounds]
     metrics = step_metrics(state, rounds, done.updates, done.reports, algorithm.metrics())
-    log.step(state, done.groups, metrics | done.ledger | dict(parts.data.metrics()))
+    metrics |= done.ledger | count_outcomes(done.outcomes) | dict(parts.data.metrics())
+    log.step(state, done.groups, metrics)
+    log.record(done.record(state))
     if due(state.step, config.save_batch_every):
         path = log.folder / "batches" / f"step-{state.step:06d}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        batch = SavedBatch(state.step - 1, *save_rounds(done.asked, done.rounds))
+        asked = [*done.draws.prompts, *done.experts]
+        batch = SavedBatch(state.step - 1, *save_rounds(asked, done.rounds))
         path.write_bytes(to_bytes(path, batch))
 
 

@@ -14,7 +14,9 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any, Protocol
 
+from .durable import replace_durably
 from .evaluation import SUCCESS, EvalResult
+from .step_record import STEPS_FILE, StepRecord
 from .types import Prompt, Rollout, RolloutGroup, RolloutRequest, Source, Update, UpdateReport
 
 if TYPE_CHECKING:
@@ -184,11 +186,12 @@ class RunLog:
         """Continue after `state.step`: what an interrupted run wrote beyond it is removed."""
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        metrics = self.folder / "metrics.jsonl"
-        if metrics.exists():
-            lines = metrics.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line_step(line) <= state.step]
-            metrics.write_text("".join(kept))
+        for name in ("metrics.jsonl", STEPS_FILE):
+            path = self.folder / name
+            if path.exists():
+                lines = path.read_text().splitlines(keepends=True)
+                kept = "".join(line for line in lines if line_step(line) <= state.step)
+                replace_durably(path, kept)
         self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=state.step + 1)
         self.seconds = dict(state.seconds)
         self.console.begin(state.step, steps)
@@ -227,6 +230,10 @@ class RunLog:
         state.seconds = dict(self.seconds)
         self._step_seconds = {}
         self._step_started = time.perf_counter()
+
+    def record(self, record: StepRecord) -> None:
+        with (self.folder / STEPS_FILE).open("a") as file:
+            file.write(record.to_line())
 
     def evaluated(
         self, state: RunState, groups: Sequence[RolloutGroup], result: EvalResult

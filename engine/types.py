@@ -335,6 +335,8 @@ class UpdateReport:
     """Trained tokens by source ("policy", "expert"), or "critic", and "computed" (all of the forward pass)."""
     model: Literal["policy", "critic"] = "policy"
     """Which weights moved."""
+    prompts: tuple[str, ...] = ()
+    """Ids of the prompts whose rows it trained."""
     skipped: str = ""
     """What was not finite, so that every rank left out the step: "" where it was applied."""
 

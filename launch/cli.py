@@ -62,13 +62,32 @@ def train(
 
 
 @app.command()
-def resume(run: RunArgument, insecure: Insecure = False) -> None:
+def resume(
+    run: RunArgument,
+    insecure: Insecure = False,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            help="First take the last recorded step again, and compare batch, losses and weights with the record; "
+            "exit code 1 where they differ."
+        ),
+    ] = False,
+) -> None:
     """Continue an interrupted run from its last checkpoint."""
     from .run import load_run
     from .run import train as run_train
+    from .run import verify as replay
 
     accept_insecure(insecure)
-    show_summary(run_train(load_run(run), resume=True))
+    recipe = load_run(run)
+    if verify:
+        found = replay(recipe)
+        print("\n".join(found.lines()))
+        if found.differences:
+            raise typer.Exit(1)
+        if found.steps[-1] >= recipe.loop.steps:
+            return  # the run is over
+    show_summary(run_train(recipe, resume=True))
 
 
 @app.command()

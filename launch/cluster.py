@@ -127,9 +127,18 @@ def python_path() -> str:
     return os.pathsep.join(dict.fromkeys(p for p in (package, *known) if p))
 
 
-def learner_env() -> dict[str, str]:
+# What libraries want to be told when a process starts; torch itself is told by the learner.
+DETERMINISTIC = {
+    "PYTHONHASHSEED": "0",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "FLASH_ATTENTION_DETERMINISTIC": "1",
+}
+
+
+def learner_env(*, deterministic: bool = False) -> dict[str, str]:
     """Environment of learner ranks."""
-    return {**ALLOCATOR, "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
+    fixed = DETERMINISTIC if deterministic else {}
+    return {**ALLOCATOR, **fixed, "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
 
 
 def import_from_here() -> None:

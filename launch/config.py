@@ -41,6 +41,8 @@ class RunConfig(Section):
     """Folder of the run below `dir`; absent: the recipe's file name."""
     dir: str = "runs"
     seed: int = 0
+    deterministic: bool = False
+    """Equal recipes give equal bits, and a resumed run those of an uninterrupted one; slower (docs/reliability.md)."""
     wait_seconds: float = Field(default=300.0, gt=0)
     """How long a run waits for nodes and GPUs before it ends and says what is missing."""
 
@@ -80,6 +82,15 @@ class Recipe(Section):
         """How training rollouts are drawn."""
         rollouts = self.rollouts
         return Sampling(rollouts.max_response_length, rollouts.temperature, rollouts.top_p)
+
+    @property
+    def samplers(self) -> RolloutConfig:
+        """`rollouts` as the workers run: deterministic ones decode one sequence at a time, because kernels round
+        differently in batches of another size.
+        """
+        if not self.run.deterministic:
+            return self.rollouts
+        return self.rollouts.model_copy(update={"max_num_seqs": 1})
 
     @property
     def setup(self) -> Setup:
@@ -368,6 +379,12 @@ def contradictions(recipe: Recipe) -> list[Problem]:
             f"the last one would begin after {begins} steps, loop.steps = {steps} never gets there; raise loop.steps, "
             "or shorten the stages before it",
         )
+    check(
+        recipe.loop.max_seconds is None or not recipe.run.deterministic,
+        "loop.max_seconds",
+        recipe.loop.max_seconds,
+        "ends a run at a time that no clock repeats, and run.deterministic is true; use max_trained_tokens or steps",
+    )
     buffer = recipe.reward.overlong_buffer if recipe.reward else None
     check(
         buffer is None or buffer <= rollouts.max_response_length,

@@ -23,7 +23,7 @@ class OpenPool:
 
         None where only workers of the run's own will do.
         """
-        wanted = (model_path, recipe.rollouts, rollout_dtype(recipe))
+        wanted = (model_path, recipe.samplers, rollout_dtype(recipe))
         # Only plait's own transfer is known to let a worker meet a second learner.
         reusable = recipe.rollouts.weight_sync == "shared_memory"
         if not reusable:

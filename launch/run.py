@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from ..rollouts.readers import read_records
 from ..rollouts.records import Records
 from .admission import QUARANTINE_FILE, admit, report_of
 from .check_reward import refuse_untrue
+from .cluster import DETERMINISTIC
 from .config import Recipe
 from .demonstrations import check_demonstrations, check_pairs_fit
 from .model import check_model, resolve_model
@@ -26,6 +28,7 @@ from .scoring import check_functions, open_scorer
 
 if TYPE_CHECKING:
     from ..engine.contracts import RewardFn
+    from ..engine.replay import Replayed
     from .open_pool import OpenPool
 
 CONFIG_FILE, SUMMARY_FILE = "config.yaml", "summary.json"
@@ -170,11 +173,27 @@ def package_versions() -> dict[str, str]:
     return found
 
 
+def verify(recipe: Recipe, *, reward: RewardFn | None = None) -> Replayed:
+    """Take the last steps of a run again, without rollout workers, and compare; the run stays as it is."""
+    inputs = check_inputs(recipe, reward=reward)
+    with composed(inputs, recipe.folder.resolve(), sampling=False) as parts:
+        from ..engine.replay import replay
+
+        return replay(recipe.loop, recipe.sampling, parts)
+
+
 @contextmanager
-def composed(inputs: Inputs, folder: Path, workers: OpenPool | None = None) -> Iterator[Any]:
-    """All parts of a run, started; everything is closed at the end, whatever happens."""
+def composed(
+    inputs: Inputs, folder: Path, workers: OpenPool | None = None, *, sampling: bool = True
+) -> Iterator[Any]:
+    """All parts of a run, started; everything is closed at the end, whatever happens.
+
+    Without `sampling` there are no rollout workers.
+    """
     recipe, algorithm = inputs.recipe, inputs.algorithm
     model_path = resolve_model(recipe.model.path)
+    if recipe.run.deterministic:
+        os.environ.update(DETERMINISTIC)  # for every process that starts from here on
     with ExitStack() as stack:
         scorer = start_scorer(inputs, folder, stack)
         from .cluster import ray_cluster
@@ -183,8 +202,8 @@ def composed(inputs: Inputs, folder: Path, workers: OpenPool | None = None) -> I
         # Workers load in the background, vLLM first because it takes longest; meanwhile this process imports its own
         # half and encodes the data.
         lent = workers.lend(recipe, model_path) if workers else None
-        seats = stack.enter_context(reserve(recipe, rollouts=lent is None))
-        pool = lent or start_pool(recipe, model_path, seats, stack)
+        seats = stack.enter_context(reserve(recipe, rollouts=sampling and lent is None))
+        pool = lent or (start_pool(recipe, model_path, seats, stack) if sampling else None)
         ranks = start_ranks(recipe, algorithm, model_path, seats)
         stack.callback(ranks.close)
 
@@ -194,6 +213,7 @@ def composed(inputs: Inputs, folder: Path, workers: OpenPool | None = None) -> I
         from ..engine.learners import LearnerGroup
         from ..engine.loop import Parts
         from ..engine.metrics import RunLog
+        from ..engine.replay import NothingSampled
         from ..engine.sync_proof import Tolerance
         from .console import make_console
 
@@ -204,7 +224,8 @@ def composed(inputs: Inputs, folder: Path, workers: OpenPool | None = None) -> I
         admitted = admit(recipe, algorithm, data, scorer, folder)
         data.check_step(recipe.loop.prompts_per_step, most_expert_rows(inputs))
         algorithm.use_prompts(data)
-        pool.wait_started(stop_token_ids=[data.end_token_id])
+        if pool is not None:
+            pool.wait_started(stop_token_ids=[data.end_token_id])
         ranks.wait_started()
         learners = LearnerGroup(
             ranks,
@@ -213,7 +234,7 @@ def composed(inputs: Inputs, folder: Path, workers: OpenPool | None = None) -> I
             total_steps=recipe.loop.steps,
             seed=recipe.run.seed,
             route=WeightRoute(
-                kind=recipe.rollouts.weight_sync,
+                kind=recipe.rollouts.weight_sync if sampling else "shared_memory",
                 dtype=rollout_dtype(recipe),
                 timeout_seconds=recipe.rollouts.sync_timeout_seconds,
                 ranks_per_receiver=recipe.rollouts.tensor_parallel_size,
@@ -225,7 +246,7 @@ def composed(inputs: Inputs, folder: Path, workers: OpenPool | None = None) -> I
         yield Parts(
             algorithm=algorithm,
             data=data,
-            rollouts=pool,
+            rollouts=pool or NothingSampled(),
             scorer=scorer,
             learners=learners,
             checkpoints=Checkpoints(folder / "checkpoints", recipe.checkpoint, say=log.console.say),
@@ -246,12 +267,13 @@ def start_ranks(recipe: Recipe, algorithm: AlgorithmBase, model_path: str, seats
         recipe.learner,
         algorithm.losses,
         algorithm.needs,
-        learner_env(),
+        learner_env(deterministic=recipe.run.deterministic),
         recipe.rollouts.gpu_share,
         algorithm.token_sampling,
         recipe.run.seed,
         algorithm.entropy_top_k,
         seats.ranks,
+        recipe.run.deterministic,
     )
 
 
@@ -260,7 +282,7 @@ def start_pool(recipe: Recipe, model_path: str, seats: Seats, stack: ExitStack) 
     from ..rollouts.pool import Pool
 
     dtype = rollout_dtype(recipe)
-    pool = Pool(model_path, recipe.rollouts, dtype=dtype, seed=recipe.run.seed, seats=seats.workers)
+    pool = Pool(model_path, recipe.samplers, dtype=dtype, seed=recipe.run.seed, seats=seats.workers)
     stack.callback(pool.close)
     return pool
 

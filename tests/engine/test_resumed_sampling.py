@@ -81,6 +81,8 @@ class Log:
     def watch(self, stream, requests):
         return stream
 
+    def record(self, record): ...
+
     def step(self, state, groups, metrics):
         names = [group.prompt.prompt_id for group in groups]
         self.steps.append((names, {k: v for k, v in metrics.items() if k.startswith("data/")}))
