@@ -47,6 +47,21 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class Snapshot:
+    """The driver's part of a checkpoint, as it was at one moment."""
+
+    step: int
+    accuracy: float | None
+    content: str
+    """Of state.json."""
+
+
+def snapshot(state: RunState, algorithm: Algorithm, data: DataSource) -> Snapshot:
+    content = {"run": asdict(state), "algorithm": algorithm.state_dict(), "data": data.state_dict()}
+    return Snapshot(state.step, state.accuracy, json.dumps(content, indent=1))
+
+
+@dataclass(frozen=True)
 class Pending:
     """A checkpoint that ranks are writing."""
 
@@ -84,17 +99,16 @@ class Checkpoints:
         self, state: RunState, algorithm: Algorithm, data: DataSource, learners: Learners
     ) -> None:
         """Take a snapshot and begin to write it; `settle` commits it. The one before is committed first."""
+        self.write(snapshot(state, algorithm, data), learners)
+
+    def write(self, taken: Snapshot, learners: Learners) -> None:
+        """`save` with a snapshot of before; the learners must still hold the weights of that moment."""
         self.settle(wait=True)
-        name = f"step-{state.step:06d}"
+        name = f"step-{taken.step:06d}"
         # A name of its own: what a lost writer of an earlier try still writes lands elsewhere.
         work = self.folder / f".{name}.{secrets.token_hex(4)}.partial"
-        content = {
-            "run": asdict(state),
-            "algorithm": algorithm.state_dict(),
-            "data": data.state_dict(),
-        }
-        manifest = Manifest(state.step, 0, (), state.accuracy, self.identity)
-        pending = Pending(manifest, work, json.dumps(content, indent=1), learners)
+        manifest = Manifest(taken.step, 0, (), taken.accuracy, self.identity)
+        pending = Pending(manifest, work, taken.content, learners)
         with self._removing(work), storage_errors(work, DOING):
             work.mkdir(parents=True)
             reach("checkpoint.begun")

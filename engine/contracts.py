@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -199,8 +199,13 @@ class DataSource(Protocol):
 class RolloutPool(Protocol):
     """Rollout workers behind one door."""
 
-    def generate(self, requests: Sequence[RolloutRequest], *, step: int) -> Iterator[Rollout]:
-        """Yield every requested rollout once, as it finishes; `step` only enters the seeds."""
+    def generate(
+        self, requests: Sequence[RolloutRequest], *, step: int
+    ) -> Generator[Rollout, None, None]:
+        """Yield every requested rollout once, as it finishes; `step` only enters the seeds.
+
+        Closing the generator early aborts what is in flight.
+        """
         ...
 
     def receivers(self) -> Sequence[Any]:

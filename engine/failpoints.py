@@ -1,7 +1,8 @@
 """Named points where a test can make a process end, stop or fail; without the environment variable they do nothing.
 
 PLAIT_FAILPOINT=ACTION:NAME[:N] strikes when NAME is reached for the N-th time in a process (the first by default):
-`kill` (SIGKILL), `stop` (SIGSTOP), `raise` (RuntimeError) or `full` (OSError: no space left on device).
+`kill` (SIGKILL), `stop` (SIGSTOP), `term` (SIGTERM), `interrupt` (SIGINT), `raise` (RuntimeError) or `full`
+(OSError: no space left on device).
 """
 
 from __future__ import annotations
@@ -36,9 +37,15 @@ def strike(action: str, name: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         case "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
+        case "term":
+            os.kill(os.getpid(), signal.SIGTERM)
+        case "interrupt":
+            os.kill(os.getpid(), signal.SIGINT)
         case "raise":
             raise RuntimeError(f"{VARIABLE}: {name} was reached")
         case "full":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
         case _:
-            raise ValueError(f"{VARIABLE}: {action!r} is not kill, stop, raise or full")
+            raise ValueError(
+                f"{VARIABLE}: {action!r} is not kill, stop, term, interrupt, raise or full"
+            )

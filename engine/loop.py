@@ -11,12 +11,15 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
+from typing import NoReturn
 
 from .batch import collate
-from .checkpoint import Checkpoints
+from .checkpoint import Checkpoints, Snapshot, snapshot, step_of
 from .config import EvalConfig, LoopConfig
 from .contracts import Algorithm, DataSource, Learners, RolloutPool, Scorer
+from .errors import Stopped
 from .evaluation import EvalResult, evaluate_groups, evaluation_requests
 from .failpoints import reach
 from .journal import Journal
@@ -26,6 +29,7 @@ from .probes import GradientProbe
 from .run_state import RunState
 from .saved_batch import SavedBatch, save_rounds, to_bytes
 from .step_record import StepRecord, account, count_outcomes
+from .stop import StopAsked, StopRequest
 from .sync_proof import Tolerance, digest, prove_sync
 from .types import (
     Prompt,
@@ -59,6 +63,8 @@ class Parts:
     """How closely learner and sampler must agree on them."""
     journal: Journal | None = None
     """None: what was sampled is lost with the process."""
+    stop: StopRequest = field(default_factory=StopRequest)
+    """Asked by signal handlers."""
 
 
 def train(config: LoopConfig, evaluation: EvalConfig, sampling: Sampling, parts: Parts) -> RunState:
@@ -73,7 +79,11 @@ def train(config: LoopConfig, evaluation: EvalConfig, sampling: Sampling, parts:
 
     while end_reason(config, state) is None:
         started = time.perf_counter()
-        done = take_step(config, sampling, parts, state)
+        before = snapshot(state, algorithm, data)
+        try:
+            done = take_step(config, sampling, parts, state)
+        except StopAsked:  # while it sampled: the weights are still those of `before`
+            stop_at(before, parts)
         state.count_generated(done.groups)
         if state.advance(done.reports):  # samplers follow the learner
             publish(parts, state)
@@ -87,7 +97,23 @@ def train(config: LoopConfig, evaluation: EvalConfig, sampling: Sampling, parts:
             with log.phase("checkpoint"):
                 parts.checkpoints.save(state, algorithm, data, parts.learners)
         settle(parts, wait=last)
+        if parts.stop.reason and not last:
+            stop_at(snapshot(state, algorithm, data), parts)
     return state
+
+
+def stop_at(here: Snapshot, parts: Parts) -> NoReturn:
+    """Have a checkpoint of this moment, and end the run. Raises Stopped."""
+    settle(parts, wait=True)
+    saved = parts.checkpoints.complete()
+    if not saved or step_of(saved[-1]) != here.step:
+        with parts.log.phase("checkpoint"):
+            parts.checkpoints.write(here, parts.learners)
+        settle(parts, wait=True)
+    raise Stopped(
+        f"{parts.stop.reason} after {here.step} steps, all of them in checkpoints/step-{here.step:06d}; the run goes "
+        f"on with `plait resume {parts.log.folder}`, or when its job is submitted again"
+    )
 
 
 def settle(parts: Parts, *, wait: bool = False) -> None:
@@ -259,9 +285,10 @@ def rollout_rounds(
 def roll_out(
     parts: Parts, requests: Sequence[RolloutRequest], earlier: Sequence[Round], step: int
 ) -> Sequence[RolloutGroup]:
-    """Sample and score one round."""
-    with parts.log.phase("rollout"):
-        stream = parts.log.watch(parts.rollouts.generate(requests, step=step), requests)
+    """Sample and score one round. Raises StopAsked where somebody asks the run to stop meanwhile."""
+    drawn = parts.rollouts.generate(requests, step=step)
+    with parts.log.phase("rollout"), parts.stop.breakable(), closing(drawn):
+        stream = parts.log.watch(drawn, requests)
         return parts.scorer.score(requests, stream, [g for _, groups in earlier for g in groups])
 
 

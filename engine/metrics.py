@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from .durable import replace_durably
 from .evaluation import SUCCESS, EvalResult
+from .failpoints import reach
 from .step_record import STEPS_FILE, StepRecord
 from .types import Prompt, Rollout, RolloutGroup, RolloutRequest, Source, Update, UpdateReport
 
@@ -214,6 +215,7 @@ class RunLog:
         total = sum(request.n for request in requests)
         for done, rollout in enumerate(rollouts, start=1):
             self.console.progress(done, total)
+            reach("rollout.received")
             yield rollout
 
     def step(

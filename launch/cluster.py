@@ -11,7 +11,9 @@ import ipaddress
 import logging
 import os
 import secrets
+import signal
 import sys
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -47,6 +49,7 @@ def ray_cluster() -> Iterator[None]:
         return
     # A job's own runtime environment and ours are both wanted; ours holds its PYTHONPATH too.
     os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     context = ray.init(
         address=None if joins else "local",
         logging_level=logging.ERROR,
@@ -54,6 +57,8 @@ def ray_cluster() -> Iterator[None]:
         include_dashboard=None if joins else False,
         runtime_env={"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"]}},
     )
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own would end the process there and then
     try:
         refuse_exposed(context.dashboard_url)
         yield

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..algorithms import AlgorithmBase
-from ..engine.errors import ConfigError, HubError, Problem
+from ..engine.errors import ConfigError, HubError, Problem, Stopped
+from ..engine.stop import StopAsked, StopRequest
 from ..rollouts.config import RolloutConfig
 from ..rollouts.readers import read_records
 from ..rollouts.records import Records
@@ -25,6 +26,7 @@ from .demonstrations import check_demonstrations, check_pairs_fit
 from .model import check_model, resolve_model
 from .placement import Seats, reserve
 from .scoring import check_functions, open_scorer
+from .signals import stopped_by_signals
 
 if TYPE_CHECKING:
     from ..engine.contracts import RewardFn
@@ -115,7 +117,7 @@ def train(
     # Absolute: the learner's processes write into it too, wherever they were started.
     folder = (recipe.folder if resume else prepare_folder(recipe, overwrite=overwrite)).resolve()
 
-    with composed(inputs, folder, workers) as parts:
+    with stopped_by_signals() as stop, composed(inputs, folder, workers, stop=stop) as parts:
         from ..engine.loop import train as run_loop
 
         starting = time.perf_counter() - started
@@ -184,77 +186,102 @@ def verify(recipe: Recipe, *, reward: RewardFn | None = None) -> Replayed:
 
 @contextmanager
 def composed(
-    inputs: Inputs, folder: Path, workers: OpenPool | None = None, *, sampling: bool = True
+    inputs: Inputs,
+    folder: Path,
+    workers: OpenPool | None = None,
+    *,
+    stop: StopRequest | None = None,
+    sampling: bool = True,
 ) -> Iterator[Any]:
     """All parts of a run, started; everything is closed at the end, whatever happens.
 
-    Without `sampling` there are no rollout workers.
+    Without `sampling` there are no rollout workers. Raises Stopped where `stop` is asked meanwhile.
     """
+    stop = stop or StopRequest()
+    with ExitStack() as stack:
+        try:
+            with stop.breakable():
+                parts = compose(inputs, folder, workers, stack, stop, sampling=sampling)
+        except StopAsked as asked:
+            raise Stopped(f"{asked} before the run began; nothing is lost") from None
+        yield parts
+
+
+def compose(
+    inputs: Inputs,
+    folder: Path,
+    workers: OpenPool | None,
+    stack: ExitStack,
+    stop: StopRequest,
+    *,
+    sampling: bool,
+) -> Any:
+    """Start all parts; they are closed with `stack`."""
     recipe, algorithm = inputs.recipe, inputs.algorithm
     model_path = resolve_model(recipe.model.path)
     if recipe.run.deterministic:
         os.environ.update(DETERMINISTIC)  # for every process that starts from here on
-    with ExitStack() as stack:
-        scorer = start_scorer(inputs, folder, stack)
-        from .cluster import ray_cluster
+    scorer = start_scorer(inputs, folder, stack)
+    from .cluster import ray_cluster
 
-        stack.enter_context(ray_cluster())
-        # Workers load in the background, vLLM first because it takes longest; meanwhile this process imports its own
-        # half and encodes the data.
-        lent = workers.lend(recipe, model_path) if workers else None
-        seats = stack.enter_context(reserve(recipe, rollouts=sampling and lent is None))
-        pool = lent or (start_pool(recipe, model_path, seats, stack) if sampling else None)
-        ranks = start_ranks(recipe, algorithm, model_path, seats)
-        stack.callback(ranks.close)
+    stack.enter_context(ray_cluster())
+    # Workers load in the background, vLLM first because it takes longest; meanwhile this process imports its own
+    # half and encodes the data.
+    lent = workers.lend(recipe, model_path) if workers else None
+    seats = stack.enter_context(reserve(recipe, rollouts=sampling and lent is None))
+    pool = lent or (start_pool(recipe, model_path, seats, stack) if sampling else None)
+    ranks = start_ranks(recipe, algorithm, model_path, seats)
+    stack.callback(ranks.close)
 
-        from ..engine.checkpoint import Checkpoints
-        from ..engine.journal import Journal
-        from ..engine.learner import WeightRoute
-        from ..engine.learners import LearnerGroup
-        from ..engine.loop import Parts
-        from ..engine.metrics import RunLog
-        from ..engine.replay import NothingSampled
-        from ..engine.sync_proof import Tolerance
-        from .console import make_console
+    from ..engine.checkpoint import Checkpoints
+    from ..engine.journal import Journal
+    from ..engine.learner import WeightRoute
+    from ..engine.learners import LearnerGroup
+    from ..engine.loop import Parts
+    from ..engine.metrics import RunLog
+    from ..engine.replay import NothingSampled
+    from ..engine.sync_proof import Tolerance
+    from .console import make_console
 
-        gold: list[str] = []
-        data = load_prompts(inputs, model_path, folder / QUARANTINE_FILE)
-        if recipe.reward is not None:
-            gold = refuse_untrue(scorer, recipe.reward, inputs.records)
-        admitted = admit(recipe, algorithm, data, scorer, folder)
-        data.check_step(recipe.loop.prompts_per_step, most_expert_rows(inputs))
-        algorithm.use_prompts(data)
-        if pool is not None:
-            pool.wait_started(stop_token_ids=[data.end_token_id])
-        ranks.wait_started()
-        learners = LearnerGroup(
-            ranks,
-            recipe.learner,
-            algorithm.needs,
-            total_steps=recipe.loop.steps,
-            seed=recipe.run.seed,
-            route=WeightRoute(
-                kind=recipe.rollouts.weight_sync if sampling else "shared_memory",
-                dtype=rollout_dtype(recipe),
-                timeout_seconds=recipe.rollouts.sync_timeout_seconds,
-                ranks_per_receiver=recipe.rollouts.tensor_parallel_size,
-            ),
-        )
-        log = RunLog(folder, make_console())
-        stack.callback(log.close)
-        log.console.say("\n".join([str(data.report), *admitted.lines(), *gold]))
-        yield Parts(
-            algorithm=algorithm,
-            data=data,
-            rollouts=pool or NothingSampled(),
-            scorer=scorer,
-            learners=learners,
-            checkpoints=Checkpoints(folder / "checkpoints", recipe.checkpoint, say=log.console.say),
-            log=log,
-            probes=probe_sequences(data, recipe.rollouts),
-            tolerance=Tolerance.for_dtype(coarser(rollout_dtype(recipe), recipe.learner.dtype)),
-            journal=Journal(folder / "journal", recipe.run.seed, log.console.say),
-        )
+    gold: list[str] = []
+    data = load_prompts(inputs, model_path, folder / QUARANTINE_FILE)
+    if recipe.reward is not None:
+        gold = refuse_untrue(scorer, recipe.reward, inputs.records)
+    admitted = admit(recipe, algorithm, data, scorer, folder)
+    data.check_step(recipe.loop.prompts_per_step, most_expert_rows(inputs))
+    algorithm.use_prompts(data)
+    if pool is not None:
+        pool.wait_started(stop_token_ids=[data.end_token_id])
+    ranks.wait_started()
+    learners = LearnerGroup(
+        ranks,
+        recipe.learner,
+        algorithm.needs,
+        total_steps=recipe.loop.steps,
+        seed=recipe.run.seed,
+        route=WeightRoute(
+            kind=recipe.rollouts.weight_sync if sampling else "shared_memory",
+            dtype=rollout_dtype(recipe),
+            timeout_seconds=recipe.rollouts.sync_timeout_seconds,
+            ranks_per_receiver=recipe.rollouts.tensor_parallel_size,
+        ),
+    )
+    log = RunLog(folder, make_console())
+    stack.callback(log.close)
+    log.console.say("\n".join([str(data.report), *admitted.lines(), *gold]))
+    return Parts(
+        algorithm=algorithm,
+        data=data,
+        rollouts=pool or NothingSampled(),
+        scorer=scorer,
+        learners=learners,
+        checkpoints=Checkpoints(folder / "checkpoints", recipe.checkpoint, say=log.console.say),
+        log=log,
+        probes=probe_sequences(data, recipe.rollouts),
+        tolerance=Tolerance.for_dtype(coarser(rollout_dtype(recipe), recipe.learner.dtype)),
+        journal=Journal(folder / "journal", recipe.run.seed, log.console.say),
+        stop=stop,
+    )
 
 
 def start_ranks(recipe: Recipe, algorithm: AlgorithmBase, model_path: str, seats: Seats) -> Any:

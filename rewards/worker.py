@@ -161,6 +161,9 @@ def _die_with(driver: int) -> None:
 def main(driver: int, requests: int, replies: int, max_memory: int) -> None:
     """Entry point of the process: the driver's pid, two file descriptors, bytes."""
     _die_with(driver)
+    # `ray job stop` signals all processes below the driver; this one ends when the driver says so. A handler, not
+    # SIG_IGN: programs that the function starts must not inherit it.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     for fd in (requests, replies):
         os.set_inheritable(fd, False)  # programs started by the function must not hold them open
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

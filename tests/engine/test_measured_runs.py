@@ -44,6 +44,9 @@ class Stream:
     def __init__(self):
         self.position = 0
 
+    def state_dict(self):
+        return {"position": self.position}
+
     def take(self, n):
         self.position += n
         return [self.make(i) for i in range(self.position - n, self.position)]
