@@ -32,6 +32,7 @@ from .learner_state import Snapshot, StateReader
 from .model_engine import ModelEngine
 from .model_state import add_model, add_reference, restore_model, restore_reference
 from .parameter_selection import make_mask
+from .rendezvous import join_ranks
 from .state_writer import StateWriter
 from .step_sums import REMEDY, derived_metrics, not_finite
 from .types import (
@@ -55,7 +56,7 @@ class Rank:
     world_size: int = 1
     address: str = "127.0.0.1"
     port: int = 0
-    """0: any free port (only with one rank)."""
+    """Of rank 0's store; one rank alone needs none."""
 
 
 @dataclass(frozen=True)
@@ -149,22 +150,18 @@ class LearnerWorker:
                 text = f"this process is one of {present} ranks; {self.rank.world_size} need fresh ones"
                 raise LearnerError(text)
             return
-        # DeepSpeed and torch read the same facts from the environment.
+        # DeepSpeed reads the same facts from the environment.
         os.environ.update(
-            RANK=str(self.rank.index),
-            WORLD_SIZE=str(self.rank.world_size),
-            LOCAL_RANK="0",
-            MASTER_ADDR=self.rank.address,
-            MASTER_PORT=str(self.rank.port or free_port()),
+            RANK=str(self.rank.index), WORLD_SIZE=str(self.rank.world_size), LOCAL_RANK="0"
         )
+        backend = "nccl" if self.config.device == "cuda" else "gloo"
+        timeout = timedelta(seconds=self.config.timeout_seconds)
+        join_ranks(self.rank, backend, timeout)
         # Else DeepSpeed compiles a shared-memory all-reduce at every start, under a lock file that outlives a killed
         # process and that all later ones wait for; gloo and NCCL reduce without it.
         deepspeed.ops.__compatible_ops__ = {}
         deepspeed.init_distributed(
-            dist_backend="nccl" if self.config.device == "cuda" else "gloo",
-            auto_mpi_discovery=False,
-            timeout=timedelta(seconds=self.config.timeout_seconds),
-            verbose=False,
+            dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False
         )
 
     # -- forward ------------------------------------------------------------------------------
@@ -440,11 +437,3 @@ class LearnerWorker:
     def close(self) -> None:
         if self.sender is not None:
             self.sender.close()
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

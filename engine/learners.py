@@ -13,8 +13,9 @@ from .config import LearnerConfig
 from .contracts import LossFn, Need, PrepareFn, RememberFn
 from .durable import FileRecord
 from .errors import LearnerError
-from .learner import LearnerWorker, Rank, WeightRoute, free_port, learning_rate
+from .learner import LearnerWorker, Rank, WeightRoute, learning_rate
 from .probes import GradientComparison, GradientProbe
+from .rendezvous import free_port
 from .step_sums import REMEDY
 from .types import (
     Source,
@@ -155,7 +156,8 @@ class RemoteLearner:
     def rendezvous(self) -> tuple[str, int]:
         import ray
 
-        return ray.util.get_node_ip_address(), free_port()
+        address = ray.util.get_node_ip_address()
+        return address, free_port(address)
 
     def start(self, *args: Any) -> None:
         self.worker = LearnerWorker(*args)

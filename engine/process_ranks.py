@@ -12,7 +12,8 @@ from typing import Any
 from .config import LearnerConfig
 from .contracts import LossFn, Need
 from .errors import LearnerError, PlaitError
-from .learner import LearnerWorker, Rank, free_port
+from .learner import LearnerWorker, Rank
+from .rendezvous import free_port
 from .types import TokenSampling
 
 CLOSE_SECONDS = 5.0

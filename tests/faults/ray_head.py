@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from plait.engine.learner import free_port
+from plait.engine.rendezvous import free_port
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 60.0

@@ -16,9 +16,10 @@ from plait.algorithms.chord import Chord, ChordConfig
 from plait.engine.batch import collate
 from plait.engine.config import LearnerConfig
 from plait.engine.errors import LearnerError
-from plait.engine.learner import LearnerWorker, Rank, WeightRoute, free_port
+from plait.engine.learner import LearnerWorker, Rank, WeightRoute
 from plait.engine.learners import InProcessRank, LearnerGroup
 from plait.engine.metrics import report_metrics
+from plait.engine.rendezvous import free_port
 from plait.engine.run_state import RunState
 from plait.engine.types import Sampling, Update
 
