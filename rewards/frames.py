@@ -2,6 +2,9 @@
 
 A frame is a length (4 bytes, big endian) and a payload. Towards the process the payload is a pickled `Load` or
 `Task`; back comes JSON, so that a reply can only be data, and a malformed one is recognised.
+
+Messages are sent ahead of time. What may begin is said by tickets, the ids of messages, in a pipe of their own: the
+process takes one before it begins with a message, and the driver can take back those that it has not taken.
 """
 
 import json
@@ -18,6 +21,8 @@ from ..engine.types import Score, ScoreStatus
 MAX_REPLY_BYTES = 65536
 MAX_REASON_CHARS = MAX_ANSWER_CHARS = 500
 _LENGTH = struct.Struct("!I")
+_TICKET = struct.Struct("!Q")
+TICKET_BYTES = _TICKET.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +68,18 @@ def pack_message(message: Load | Task) -> bytes:
     return pack(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
 
 
-def pack_score(task_id: int, score: Score, *, last: bool) -> bytes:
-    """The reply to a Task; `last` says that the process ends after it. Too long a reply becomes UNKNOWN."""
+def pack_ticket(message_id: int) -> bytes:
+    return _TICKET.pack(message_id)
+
+
+def unpack_tickets(data: bytes) -> list[int]:
+    return [message_id for (message_id,) in _TICKET.iter_unpack(data)]
+
+
+def pack_score(task_id: int, score: Score, seconds: float, *, last: bool) -> bytes:
+    """The reply to a Task that took `seconds`; `last` says that the process ends after it. Too long a reply becomes
+    UNKNOWN.
+    """
     reply = {
         "id": task_id,
         "event": "score",
@@ -73,12 +88,13 @@ def pack_score(task_id: int, score: Score, *, last: bool) -> bytes:
         "parts": dict(score.parts),
         "reason": score.reason[:MAX_REASON_CHARS],
         "answer": score.answer and shorten(score.answer),
+        "seconds": seconds,
         "last": last,
     }
     payload = json.dumps(reply, allow_nan=False).encode()
     if len(payload) > MAX_REPLY_BYTES:
         reason = f"returned parts of {len(payload)} bytes, more than {MAX_REPLY_BYTES}"
-        return pack_score(task_id, Score.unknown(reason), last=last)
+        return pack_score(task_id, Score.unknown(reason), seconds, last=last)
     return pack(payload)
 
 
@@ -125,10 +141,31 @@ def take_reply(buffer: bytearray) -> dict[str, Any] | None:
     return reply
 
 
-def read_frame(fd: int) -> bytes | None:
-    """Block for the next payload; None at the end of the stream."""
-    header = _read_exactly(fd, _LENGTH.size)
-    return None if header is None else _read_exactly(fd, _LENGTH.unpack(header)[0])
+class FrameReader:
+    """Payloads from a blocking file descriptor, many of them with one read."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._buffer = bytearray()
+
+    def take(self) -> bytes | None:
+        """Block for the next payload; None at the end of the stream."""
+        if not self._fill(_LENGTH.size):
+            return None
+        end = _LENGTH.size + _LENGTH.unpack_from(self._buffer)[0]
+        if not self._fill(end):
+            return None
+        payload = bytes(self._buffer[_LENGTH.size : end])
+        del self._buffer[:end]
+        return payload
+
+    def _fill(self, size: int) -> bool:
+        while len(self._buffer) < size:
+            piece = os.read(self._fd, max(65536, size - len(self._buffer)))
+            if not piece:
+                return False
+            self._buffer += piece
+        return True
 
 
 def write_all(fd: int, data: bytes) -> None:
@@ -138,7 +175,8 @@ def write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view) :]
 
 
-def _read_exactly(fd: int, count: int) -> bytes | None:
+def read_exactly(fd: int, count: int) -> bytes | None:
+    """Block for so many bytes; None at the end of the stream."""
     data = bytearray()
     while len(data) < count:
         piece = os.read(fd, count - len(data))

@@ -1,8 +1,9 @@
 """Scoring processes behind one queue.
 
-One driver thread for each process takes jobs from the queue, hands one at a time to its process and waits for the
-reply or the deadline. A job that hangs, crashes or eats memory costs its own process, which is killed with all its
-descendants and replaced, and its own score, which becomes UNKNOWN; everything else goes on.
+One driver thread for each process takes jobs from the queue, keeps its process supplied with some milliseconds of
+work, and waits for scores or the deadline of the one that runs. A job that hangs, crashes or eats memory costs its own
+process, which is killed with all its descendants and replaced, and its own score, which becomes UNKNOWN; what its
+process had not begun with goes back to the queue, and everything else goes on.
 """
 
 import atexit
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ..engine.errors import ConfigError, PlaitError, RewardError
@@ -25,6 +26,13 @@ from .frames import RewardSource
 from .process import START_SECONDS, Cancelled, Lost, ScoringProcess
 
 _CLOSE_SECONDS = 5.0
+_AHEAD_SECONDS = 0.04
+"""Work that a process has before it: much more than the driver needs to notice and send more."""
+_MAX_AHEAD = 64
+_PAUSE_SECONDS = 0.01
+"""Between looks at a process that has work before it; each costs the processes some of their cores."""
+_SLOW_SECONDS = 0.1
+"""A sample that runs for so long lets those behind it go to other processes."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,8 @@ class ProcessPool:
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._failure: PlaitError | None = None
+        self._example: Job | None = None
+        """A job that was graded well: new processes begin with it, since first calls are slow."""
         self._guard = subprocess.Popen(
             [sys.executable, "-I", "-S", guard.__file__, self._mark],
             stdin=subprocess.PIPE,
@@ -117,8 +127,9 @@ class ProcessPool:
             process = None
             try:
                 process = self._start(f"{self._mark}-{number}-{generation}.")
-                self._started[number].set()
-                self._feed(process)
+                if self._warm(process):
+                    self._started[number].set()
+                    self._feed(process)
             except Cancelled:
                 return
             except (PlaitError, OSError) as error:
@@ -149,35 +160,95 @@ class ProcessPool:
                 f"{source.path} = {source.name!r} could not be loaded: {lost.reason}"
             ) from lost
 
+    def _warm(self, process: ScoringProcess) -> bool:
+        """Grade the example, for nobody. Whether the process is good for jobs after it."""
+        example = self._example
+        if example is None or example.source not in process.loaded:
+            return True
+        try:
+            process.submit(example.source, example.prompt, example.completion)
+            process.flush()
+            while not (graded := process.collect(self._config.timeout_seconds)):
+                pass
+            return not graded[0].last
+        except Lost:
+            self._example = None
+            return False
+
     def _feed(self, process: ScoringProcess) -> None:
         """Returns when the process is lost or has retired. Raises Cancelled when the pool closes."""
-        while (job := self._jobs.get()) is not None:
+        sent: dict[int, Job] = {}
+        call_seconds: float | None = None
+        while True:
+            try:
+                if not self._supply(process, sent, call_seconds):
+                    return
+                if len(sent) > 1:
+                    time.sleep(_PAUSE_SECONDS)
+                for graded in process.collect(self._config.timeout_seconds):
+                    job = sent.pop(graded.id)
+                    job.done(graded.score)
+                    if graded.last:
+                        self._requeue(sent, sent)
+                        return
+                    if graded.score.reward is not None:
+                        self._example = job
+                    earlier = graded.seconds if call_seconds is None else call_seconds
+                    call_seconds = 0.8 * earlier + 0.2 * graded.seconds
+                if len(sent) > 1 and process.running_seconds() > _SLOW_SECONDS:
+                    self._requeue(sent, process.take_back())
+            except Lost as lost:
+                self._give_up(sent, process.take_back(), lost.reason)
+                return
+
+    def _supply(
+        self, process: ScoringProcess, sent: dict[int, Job], call_seconds: float | None
+    ) -> bool:
+        """Wait for a job where the process has none; send more ahead of time where calls are short.
+
+        No more than this process's part of what waits, so that all of them end together.
+        """
+        ahead = _MAX_AHEAD if call_seconds == 0 else int(_AHEAD_SECONDS / (call_seconds or 1.0))
+        part = -(-self._jobs.qsize() // len(self._threads))
+        ahead = max(1, min(ahead, _MAX_AHEAD, len(sent) + part))
+        while len(sent) < ahead and process.has_room:
+            try:
+                job = self._jobs.get(block=not sent)
+            except queue.Empty:
+                break
+            if job is None:
+                raise Cancelled
             if not job.wanted():
                 continue
-            try:
-                self._load(process, job.source)
-            except ConfigError as error:
-                job.fail(error)
-                continue
-            except RewardError as error:
-                if not self._retry(job):
+            if job.source not in process.loaded:
+                if sent:  # functions are loaded when nothing else is under way
+                    self._jobs.put(job)
+                    break
+                try:
+                    self._load(process, job.source)
+                except ConfigError as error:
                     job.fail(error)
-                return
-            if not self._grade(process, job):
-                return
-        raise Cancelled
+                    continue
+                except RewardError as error:
+                    if not self._retry(job):
+                        job.fail(error)
+                    return False
+            sent[process.submit(job.source, job.prompt, job.completion)] = job
+        process.flush()
+        return True
 
-    def _grade(self, process: ScoringProcess, job: Job) -> bool:
-        """Whether the process is good for another job."""
-        timeout = self._config.timeout_seconds
-        try:
-            score, retired = process.grade(job.source, job.prompt, job.completion, timeout)
-        except Lost as lost:
-            if lost.accepted or not self._retry(job):
-                job.done(Score.unknown(lost.reason))
-            return False
-        job.done(score)
-        return not retired
+    def _give_up(self, sent: dict[int, Job], untouched: Sequence[int], reason: str) -> None:
+        """The process is lost with what it was grading; what it had not begun with goes to another one."""
+        self._requeue(sent, untouched[1:] if len(untouched) == len(sent) else untouched)
+        for message_id, job in sent.items():
+            # One that was not begun, or not the first in doubt, is not the culprit: the sample before it may be.
+            begun_first = message_id == min(sent) and message_id not in untouched
+            if begun_first or not self._retry(job):
+                job.done(Score.unknown(reason))
+
+    def _requeue(self, sent: dict[int, Job], ids: Iterable[int]) -> None:
+        for message_id in list(ids):
+            self._jobs.put(sent.pop(message_id))
 
     def _retry(self, job: Job) -> bool:
         """Once, give the job to another process: the sample before it may have left this one broken."""

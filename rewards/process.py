@@ -1,32 +1,46 @@
-"""One scoring process as the driver sees it: start, load a function, grade, kill.
+"""One scoring process as the driver sees it: start, load functions, send samples ahead, collect scores, kill.
 
 Not thread-safe, and bound to the thread that created it: the kernel kills the process when that thread ends.
 """
 
 import contextlib
+import fcntl
 import json
 import logging
-import math
 import os
 import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from ..engine.errors import ConfigError
 from ..engine.types import Score
 from . import guard
-from .frames import Load, RewardSource, Task, pack_message, take_reply, unpack_score
+from .frames import (
+    TICKET_BYTES,
+    Load,
+    RewardSource,
+    Task,
+    pack_message,
+    pack_ticket,
+    take_reply,
+    unpack_score,
+    unpack_tickets,
+)
 
 START_SECONDS = 60.0
 """Deadline for starting the interpreter and importing a reward function."""
 ACCEPT_SECONDS = 10.0
-"""Deadline for an idle process to accept a sample."""
+"""Deadline for an idle process to begin with a sample."""
 MAX_PROCESSES = 64
 """More processes than this, started by one reward function, are taken for a fork bomb."""
+_MAX_AHEAD_BYTES = 32768
+"""Sent and not yet graded: less than a pipe holds, so that sending does not wait."""
 _TICK_SECONDS = 0.05
 _KEPT_OUTPUT_BYTES = 4096
 
@@ -43,16 +57,25 @@ logger = logging.getLogger(__name__)
 
 
 class Lost(Exception):
-    """The process died, or has to. `accepted` tells whether it had begun with the sample."""
+    """The process died, or has to."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
-        self.accepted = False
 
 
 class Cancelled(Exception):
     """The scorer is closing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Graded:
+    id: int
+    score: Score
+    seconds: float
+    """Of the call."""
+    last: bool
+    """The process has retired after it."""
 
 
 class ScoringProcess:
@@ -64,20 +87,31 @@ class ScoringProcess:
     def __init__(
         self, mark: str, working_dir: str, max_memory_mib: int, cancelled: Callable[[], bool]
     ) -> None:
+        self.loaded: set[RewardSource] = set()
         self._mark = mark
         self._cancelled = cancelled
         self._next_id = 0
-        self._loaded: set[RewardSource] = set()
+        self._ahead: dict[int, int] = {}
+        """Bytes of each message that has no reply yet, by id, in the order sent."""
+        self._progress = self._begun = 0.0
+        """When the oldest of them was next, and when it was seen to have begun (0: it was not)."""
+        self._unsent: list[tuple[int, bytes]] = []
+        self._lost: Lost | None = None
+        """Why nothing more can come; raised when what came before has been handed out."""
         self._buffer = bytearray()
         self._output = bytearray()
-        pipes = [os.pipe() for _ in range(3)]
-        (requests, self._requests), (self._replies, replies), (self._printed, printed) = pipes
+        pipes = [os.pipe() for _ in range(4)]
+        requests, tickets, replies, printed = pipes
+        self._requests, self._tickets = requests[1], tickets[1]
+        self._replies, self._printed = replies[0], printed[0]
+        # A file description of its own: reading back must not wait, the process's own reading must.
+        self._untaken = os.open(f"/proc/self/fd/{tickets[0]}", os.O_RDONLY | os.O_NONBLOCK)
+        theirs = {"requests": requests[0], "tickets": tickets[0], "replies": replies[1]}
         start = {
             "path": [working_dir, *map(os.path.abspath, sys.path)],
             "driver": os.getpid(),
-            "requests": requests,
-            "replies": replies,
             "max_memory": max_memory_mib << 20,
+            **theirs,
         }
         try:
             self._process = subprocess.Popen(
@@ -85,60 +119,112 @@ class ScoringProcess:
                 cwd=working_dir,
                 env=_environment(mark),
                 stdin=subprocess.DEVNULL,
-                stdout=printed,
-                stderr=printed,
-                pass_fds=(requests, replies),
+                stdout=printed[1],
+                stderr=printed[1],
+                pass_fds=tuple(theirs.values()),
                 start_new_session=True,
             )
         except BaseException:
             self._close_pipes()
             raise
         finally:
-            for fd in (requests, replies, printed):
+            for fd in (*theirs.values(), printed[1]):
                 os.close(fd)
         for fd in (self._requests, self._replies, self._printed):
             os.set_blocking(fd, False)
         self._poll = select.poll()
         self._poll.register(self._replies, select.POLLIN)
         self._poll.register(self._printed, select.POLLIN)
+        self._tasks = _tasks_on_machine()
 
     def load(self, source: RewardSource) -> None:
-        """Import a reward function, once.
+        """Import a reward function, once; nothing may be outstanding.
 
         Raises ConfigError at `source.path` when that fails, Lost when it kills the process or takes more than 60 s.
         """
-        if source in self._loaded:
+        if source in self.loaded:
             return
         deadline = time.monotonic() + START_SECONDS
         message = Load(self._new_id(), source)
-        self._send(pack_message(message), deadline)
-        reply = self._receive(
-            message.id, deadline, f"importing it took more than {START_SECONDS:g} s"
-        )
-        if reply["event"] != "loaded":
-            raise ConfigError.at(source.path, source.name, str(reply.get("message")))
-        self._loaded.add(source)
+        self._add(message.id, pack_message(message))
+        self.flush()
+        while not (replies := self._receive()):
+            if time.monotonic() > deadline:
+                raise Lost(f"importing it took more than {START_SECONDS:g} s")
+        self._ahead.clear()
+        if replies[0].get("event") != "loaded":
+            raise ConfigError.at(source.path, source.name, str(replies[0].get("message")))
+        self.loaded.add(source)
 
-    def grade(
-        self, source: RewardSource, prompt: bytes, completion: str, timeout_seconds: float
-    ) -> tuple[Score, bool]:
-        """The score of one sample by a loaded function, and whether the process has retired after it.
+    @property
+    def has_room(self) -> bool:
+        """Whether another sample can be sent without waiting for the process."""
+        return sum(self._ahead.values()) < _MAX_AHEAD_BYTES
 
-        Raises Lost when the sample killed the process or its deadline passed.
-        """
+    def submit(self, source: RewardSource, prompt: bytes, completion: str) -> int:
+        """Take one sample for a loaded function; `flush` sends it. Returns the id that its score will have."""
         task = Task(self._new_id(), source, prompt, completion)
-        accept = time.monotonic() + ACCEPT_SECONDS
-        self._send(pack_message(task), accept)
-        self._receive(task.id, accept, f"no process took it within {ACCEPT_SECONDS:g} s")
-        deadline = time.monotonic() + timeout_seconds
-        try:
-            reply = self._receive(task.id, deadline, f"deadline of {timeout_seconds:g} s exceeded")
-            return unpack_score(reply), bool(reply["last"])
-        except Lost as lost:
-            lost.accepted = True
-            raise
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise self._garbled(error) from error
+        self._add(task.id, pack_message(task))
+        return task.id
+
+    def flush(self) -> None:
+        """Send what was submitted, tickets first: a long message passes only while the process reads it."""
+        if not self._unsent:
+            return
+        os.write(self._tickets, b"".join(pack_ticket(message_id) for message_id, _ in self._unsent))
+        data = b"".join(message for _, message in self._unsent)
+        self._unsent.clear()
+        deadline = time.monotonic() + ACCEPT_SECONDS
+        view = memoryview(data)
+        writable = select.poll()
+        writable.register(self._requests, select.POLLOUT)
+        while view:
+            if self._cancelled():
+                raise Cancelled
+            if time.monotonic() > deadline:
+                self._lost = Lost(f"no process took it within {ACCEPT_SECONDS:g} s")
+                return
+            try:
+                view = view[os.write(self._requests, view) :]
+            except BlockingIOError:
+                # A full pipe of prints or of replies may be what it waits for.
+                self._read_output()
+                self._buffer += self._read_replies()
+                writable.poll(_TICK_SECONDS * 1000)
+            except BrokenPipeError:
+                return  # it is dead: `_receive` says how, after its last replies
+
+    def collect(self, timeout_seconds: float) -> list[Graded]:
+        """Scores that are there, in the order of their samples; after at most 50 ms none.
+
+        Raises Lost when a sample killed the process, or has run for more than `timeout_seconds`.
+        """
+        replies = self._receive()
+        if not replies:
+            self._check_running(timeout_seconds)
+        graded = []
+        for reply in replies:
+            try:
+                graded.append(self._graded(reply))
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                self._lost = _garbled(error)
+                break
+        return graded
+
+    def running_seconds(self) -> float:
+        """For how long the oldest sample has been seen to run."""
+        return time.monotonic() - self._begun if self._begun else 0.0
+
+    def take_back(self) -> list[int]:
+        """The ids of the samples that the process has not begun with, and from now on never will."""
+        data = bytearray()
+        with contextlib.suppress(BlockingIOError):
+            while piece := os.read(self._untaken, 4096):
+                data += piece
+        ids = unpack_tickets(bytes(data))
+        for message_id in ids:
+            del self._ahead[message_id]
+        return ids
 
     def kill(self) -> None:
         """Kill the process, its group and all descendants; release everything."""
@@ -160,64 +246,87 @@ class ScoringProcess:
         self._next_id += 1
         return self._next_id
 
-    def _send(self, data: bytes, deadline: float) -> None:
-        view = memoryview(data)
-        writable = select.poll()
-        writable.register(self._requests, select.POLLOUT)
-        while view:
-            self._check(deadline, f"no process took it within {ACCEPT_SECONDS:g} s")
-            try:
-                view = view[os.write(self._requests, view) :]
-            except BlockingIOError:
-                self._read_output()  # a full pipe of prints may be what it waits for
-                writable.poll(_TICK_SECONDS * 1000)
-            except BrokenPipeError:
-                raise self._died() from None
+    def _add(self, message_id: int, data: bytes) -> None:
+        if not self._ahead:
+            self._progress, self._begun, self._tasks = time.monotonic(), 0.0, _tasks_on_machine()
+        self._ahead[message_id] = len(data)
+        self._unsent.append((message_id, data))
 
-    def _receive(self, message_id: int, deadline: float, late: str) -> dict[str, Any]:
-        """The next reply to `message_id`; replies to anything else are stale and dropped."""
-        baseline = _tasks_on_machine()
-        while True:
-            try:
-                while (reply := take_reply(self._buffer)) is not None:
-                    if reply.get("id") == message_id:
-                        return reply
-            except ValueError as error:
-                raise self._garbled(error) from error
-            left = self._check(deadline, late)
-            events = dict(self._poll.poll(math.ceil(min(left, _TICK_SECONDS) * 1000)))
-            if self._printed in events:
-                self._read_output()
-            # Its end of the pipe may outlive the process in a child, so ask for the process itself as well.
-            dead = not events and self._process.poll() is not None
-            if self._replies in events or dead:
-                data = self._read_replies()
-                if not data:
-                    raise self._died()
-                self._buffer += data
-            elif not events:
-                baseline = self._check_descendants(baseline)
-
-    def _check(self, deadline: float, late: str) -> float:
-        """Seconds left. Raises Cancelled or Lost."""
+    def _receive(self) -> list[dict[str, Any]]:
+        """Whole replies to what was sent, waiting for one tick at most. Raises Lost when the process is dead."""
         if self._cancelled():
             raise Cancelled
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise Lost(late)
-        return left
+        if found := self._take_replies():
+            return found
+        if self._lost is not None:
+            raise self._lost
+        until = time.monotonic() + _TICK_SECONDS
+        events = dict(self._poll.poll(_TICK_SECONDS * 1000))
+        while self._printed in events:
+            self._read_output()
+            if self._replies in events or time.monotonic() > until:
+                break
+            events = dict(self._poll.poll(_TICK_SECONDS * 1000))
+        # Its end of the pipe may outlive the process in a child, so ask for the process itself as well.
+        dead = not events and self._process.poll() is not None
+        if self._replies in events or dead:
+            data = self._read_replies()
+            if not data:
+                raise self._died()
+            self._buffer += data
+        return self._take_replies()
 
-    def _check_descendants(self, baseline: int) -> int:
+    def _take_replies(self) -> list[dict[str, Any]]:
+        """Replies to anything but what is outstanding are not ours: something else wrote them."""
+        found = []
+        while (reply := self._next_reply()) is not None:
+            if reply.get("id") in self._ahead:
+                found.append(reply)
+        return found
+
+    def _next_reply(self) -> dict[str, Any] | None:
+        if self._lost is not None:
+            return None
+        try:
+            return take_reply(self._buffer)
+        except ValueError as error:
+            self._lost = _garbled(error)
+            return None
+
+    def _graded(self, reply: dict[str, Any]) -> Graded:
+        score, seconds = unpack_score(reply), float(reply["seconds"])
+        graded = Graded(reply["id"], score, seconds, bool(reply["last"]))
+        del self._ahead[graded.id]
+        self._progress, self._begun = time.monotonic(), 0.0
+        return graded
+
+    def _check_running(self, timeout_seconds: float) -> None:
+        """Nothing came for a tick: is the oldest sample past its deadline, or starting processes without end?"""
+        now = time.monotonic()
+        if not self._begun:
+            waiting = bytearray(4)
+            fcntl.ioctl(self._untaken, termios.FIONREAD, waiting)
+            untaken = int.from_bytes(waiting, sys.byteorder) // TICKET_BYTES
+            if untaken < len(self._ahead):
+                self._begun = now - _TICK_SECONDS
+            elif now - self._progress > ACCEPT_SECONDS:
+                raise Lost(f"no process took it within {ACCEPT_SECONDS:g} s")
+        elif now - self._begun > timeout_seconds:
+            raise Lost(f"deadline of {timeout_seconds:g} s exceeded")
+        self._check_descendants()
+
+    def _check_descendants(self) -> None:
         """Catch a fork bomb early. Limits by user (RLIMIT_NPROC) would count the trainer, and spare root.
 
         Scanning /proc costs milliseconds, so it waits until the whole machine has many more tasks than before.
         """
         tasks = _tasks_on_machine()
-        if tasks <= baseline + MAX_PROCESSES:
-            return min(baseline, tasks)
-        if guard.group_size(self._process.pid) > MAX_PROCESSES:
+        if tasks <= self._tasks + MAX_PROCESSES:
+            self._tasks = min(self._tasks, tasks)
+        elif guard.group_size(self._process.pid) > MAX_PROCESSES:
             raise Lost(f"started more than {MAX_PROCESSES} processes")
-        return tasks
+        else:
+            self._tasks = tasks
 
     def _read_replies(self) -> bytes:
         with contextlib.suppress(BlockingIOError):
@@ -247,14 +356,19 @@ class ScoringProcess:
         hint = " (the kernel does this when memory runs out)" if code == -signal.SIGKILL else ""
         return Lost(f"the process was killed by {signal.Signals(-code).name}{hint}{said}")
 
-    def _garbled(self, error: Exception) -> Lost:
-        lost = Lost(f"the function wrote into the pipe of replies ({error})")
-        lost.accepted = True
-        return lost
-
     def _close_pipes(self) -> None:
-        for fd in (self._requests, self._replies, self._printed):
+        for fd in (
+            self._requests,
+            self._tickets,
+            self._untaken,
+            self._replies,
+            self._printed,
+        ):
             os.close(fd)
+
+
+def _garbled(error: Exception) -> Lost:
+    return Lost(f"the function wrote into the pipe of replies ({error})")
 
 
 def _environment(mark: str) -> dict[str, str]:

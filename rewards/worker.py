@@ -1,4 +1,4 @@
-"""Inside a scoring process: import reward functions, grade what the driver sends, one sample after the other.
+"""Inside a scoring process: import reward functions, grade what the driver has tickets for, one after the other.
 
 Everything here runs on the process's main thread. The process belongs to the driver: it dies with it, and the driver
 kills it when a sample takes too long. The function's standard output and error go to a pipe that the driver
@@ -17,6 +17,7 @@ import reprlib
 import resource
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Awaitable
 from pathlib import Path
@@ -28,16 +29,28 @@ from ..engine.contracts import RewardFn
 from ..engine.errors import ConfigError
 from ..engine.types import Score, ScoreStatus
 from . import resolve
-from .frames import Load, RewardSource, Task, pack_event, pack_score, read_frame, write_all
+from .frames import (
+    TICKET_BYTES,
+    FrameReader,
+    Load,
+    RewardSource,
+    Task,
+    pack_event,
+    pack_score,
+    read_exactly,
+    unpack_tickets,
+    write_all,
+)
 
 _PR_SET_PDEATHSIG = 1
 
 
 class Worker:
-    """One scoring process. `requests` and `replies` are file descriptors, `max_memory` is in bytes."""
+    """One scoring process. `requests`, `tickets` and `replies` are file descriptors, `max_memory` is in bytes."""
 
-    def __init__(self, requests: int, replies: int, max_memory: int) -> None:
-        self._requests = requests
+    def __init__(self, requests: int, tickets: int, replies: int, max_memory: int) -> None:
+        self._frames = FrameReader(requests)
+        self._tickets = tickets
         self._replies = replies
         self._max_memory = max_memory
         self._functions: dict[RewardSource, RewardFn] = {}
@@ -45,19 +58,31 @@ class Worker:
         self._pid = os.getpid()
 
     def serve(self) -> None:
-        """Until the driver closes the pipe, or a sample leaves the process in doubt."""
-        while (frame := read_frame(self._requests)) is not None:
-            message = pickle.loads(frame)
+        """Until the driver closes the pipes, or a sample leaves the process in doubt."""
+        while (message := self._next_message()) is not None:
             if isinstance(message, Load):
                 write_all(self._replies, self._load(message))
                 continue
-            write_all(self._replies, pack_event(message.id, "started"))
+            started = time.perf_counter()
             score, last = self._grade(message)
             if os.getpid() != self._pid:
                 os._exit(0)  # a fork made by the function came back here: it must not speak for us
-            write_all(self._replies, pack_score(message.id, score, last=last))
+            seconds = time.perf_counter() - started
+            write_all(self._replies, pack_score(message.id, score, seconds, last=last))
             if last:
                 return
+
+    def _next_message(self) -> Load | Task | None:
+        """What the next ticket is for; messages before it were taken back."""
+        ticket = read_exactly(self._tickets, TICKET_BYTES)
+        if ticket is None:
+            return None
+        (wanted,) = unpack_tickets(ticket)
+        while (frame := self._frames.take()) is not None:
+            message: Load | Task = pickle.loads(frame)
+            if message.id == wanted:
+                return message
+        return None
 
     def _load(self, message: Load) -> bytes:
         """Import under no memory limit, then limit what may come on top of what is loaded now."""
@@ -158,17 +183,17 @@ def _die_with(driver: int) -> None:
         os._exit(1)
 
 
-def main(driver: int, requests: int, replies: int, max_memory: int) -> None:
-    """Entry point of the process: the driver's pid, two file descriptors, bytes."""
+def main(driver: int, requests: int, tickets: int, replies: int, max_memory: int) -> None:
+    """Entry point of the process: the driver's pid, three file descriptors, bytes."""
     _die_with(driver)
     # `ray job stop` signals all processes below the driver; this one ends when the driver says so. A handler, not
     # SIG_IGN: programs that the function starts must not inherit it.
     signal.signal(signal.SIGTERM, lambda *_: None)
-    for fd in (requests, replies):
+    for fd in (requests, tickets, replies):
         os.set_inheritable(fd, False)  # programs started by the function must not hold them open
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # When the machine runs out of memory, the kernel should end this process, not the trainer.
     Path("/proc/self/oom_score_adj").write_text("1000")
-    Worker(requests, replies, max_memory).serve()
+    Worker(requests, tickets, replies, max_memory).serve()
     sys.stdout.flush()
     os._exit(0)  # not waiting for threads that a function left behind
