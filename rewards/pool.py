@@ -220,6 +220,9 @@ class ProcessPool:
                 raise Cancelled
             if not job.wanted():
                 continue
+            if not sent and not process.alive:  # it ended while idle: no sample's doing
+                self._jobs.put(job)
+                return False
             if job.source not in process.loaded:
                 if sent:  # functions are loaded when nothing else is under way
                     self._jobs.put(job)

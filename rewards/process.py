@@ -157,6 +157,10 @@ class ScoringProcess:
         self.loaded.add(source)
 
     @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    @property
     def has_room(self) -> bool:
         """Whether another sample can be sent without waiting for the process."""
         return sum(self._ahead.values()) < _MAX_AHEAD_BYTES

@@ -211,9 +211,11 @@ def test_two_calls_at_once(make_scorer: MakeScorer) -> None:
 def test_a_process_that_died_while_idle_costs_nothing(make_scorer: MakeScorer) -> None:
     scorer = make_scorer("user_rewards:reward", LENGTH)
     scorer.wait_ready()
-    for process in psutil.Process().children():
-        if "plait.rewards.worker" in str(process.cmdline()):
-            process.kill()
+    workers = [p for p in psutil.Process().children() if "plait.rewards.worker" in str(p.cmdline())]
+    for process in workers:
+        process.kill()
+    while any(process.status() != psutil.STATUS_ZOMBIE for process in workers):
+        time.sleep(0.001)
     assert [score.reward for score in score_texts(scorer, ["x"] * 20)] == [1.0] * 20
 
 
