@@ -34,6 +34,11 @@ class LoopConfig(Section):
     """Each so many steps, measure the gradients of expert and policy tokens apart, before the step's updates, for the
     metrics ledger/*gradient*; costs one more forward and backward pass of each source. 0: never."""
 
+    max_restarts: int = Field(default=5, ge=0)
+    """Restarts of a lost learner in one run of the program, from the last checkpoint and the journal; then it ends."""
+    stall_seconds: float = Field(default=3600.0, gt=0)
+    """The run ends, and names what it waits for, when nothing at all has moved for so long."""
+
     @model_validator(mode="after")
     def _minibatch_divides(self) -> "LoopConfig":
         per_minibatch = self.prompts_per_minibatch
@@ -141,6 +146,10 @@ class LearnerConfig(Section):
     """Which parameters the optimizer may change (docs/parameter-selection.md); null: all."""
     timeout_seconds: float = Field(default=1800.0, gt=0)
     """Deadline of every call to a learner rank and of every collective."""
+    silence_seconds: float = Field(default=60.0, gt=0)
+    """A rank whose process does not answer for so long is taken for stuck; a dead one is noticed at once."""
+    num_spares: int = Field(default=0, ge=0)
+    """CPU: processes that wait, everything imported, to become ranks when the learner restarts."""
 
     @model_validator(mode="after")
     def _zero_holds_master_weights(self) -> "LearnerConfig":
@@ -149,6 +158,15 @@ class LearnerConfig(Section):
             raise ValueError(
                 f"learner.{key} needs learner.zero_stage of 1, 2 or 3 (it is 0): "
                 "ZeRO holds the float32 master weights"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _spares_own_no_gpu(self) -> "LearnerConfig":
+        if self.num_spares and self.device == "cuda":
+            raise ValueError(
+                f"learner.num_spares = {self.num_spares}: a rank owns its GPU from its start, so spares work with "
+                "learner.device = cpu only"
             )
         return self
 

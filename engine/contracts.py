@@ -209,11 +209,30 @@ class RolloutPool(Protocol):
         ...
 
     def receivers(self) -> Sequence[Any]:
-        """Handles that the learner sends weights to."""
+        """Handles that the learner sends weights to: the workers that are up now, at least one."""
         ...
 
-    def prove(self, version: int, probes: Sequence[Sequence[int]]) -> Sequence[ServedProof]:
-        """What each worker serves: version, checksums by parameter, log-probs of the probe sequences."""
+    def prove(
+        self, version: int, probes: Sequence[Sequence[int]], receivers: Sequence[Any]
+    ) -> Sequence[ServedProof]:
+        """What each of the receivers serves: version, checksums by parameter, log-probs of the probe sequences.
+
+        One that was lost since `receivers` named it is left out.
+        """
+        ...
+
+    def admit(
+        self, version: int, receivers: Sequence[Any], sync: Callable[[Sequence[Any]], None]
+    ) -> None:
+        """These are proved to serve `version`, and from now on nobody draws samples who is not.
+
+        `sync(receivers)` brings workers that start later to the same version and admits them; it raises WorkerLost
+        when none of them lives to the end. The pool calls it only from within `generate`.
+        """
+        ...
+
+    def status(self) -> Sequence[Mapping[str, Any]]:
+        """What each worker does now, and what it was asked for longest ago; callable from any thread."""
         ...
 
     def close(self) -> None: ...
@@ -303,7 +322,7 @@ class Learners(Protocol):
         ...
 
     def send_weights(self, version: int) -> Mapping[str, str]:
-        """Deliver the current weights to every receiver; return the checksum of each parameter."""
+        """Deliver the current weights to every receiver that lives; return the checksum of each parameter."""
         ...
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> Sequence[Sequence[float]]:
@@ -324,6 +343,14 @@ class Learners(Protocol):
 
     def export(self, folder: str) -> None:
         """Write safetensors that transformers and vLLM load."""
+        ...
+
+    def restart(self) -> None:
+        """After LearnerLost: end what is left of the ranks and start them afresh, without state or receivers."""
+        ...
+
+    def status(self) -> Sequence[Mapping[str, Any]]:
+        """What each rank does now; callable from any thread."""
         ...
 
     def close(self) -> None: ...

@@ -73,10 +73,23 @@ class RolloutError(PlaitError, RuntimeError):
     exit_code = 7
 
 
+class WorkerLost(RolloutError):
+    """A rollout worker died, is silent or cannot be used any more; another one can do its work."""
+
+
 class LearnerError(PlaitError, RuntimeError):
     """A learner worker failed, or a number that must be finite is not."""
 
     exit_code = 6
+
+
+class LearnerLost(LearnerError):
+    """A learner rank died or is stuck; all ranks can be started again from the last checkpoint."""
+
+    def __init__(self, message: str, *, stuck: bool = False) -> None:
+        super().__init__(message)
+        self.stuck = stuck
+        """It was alive, as far as one knows, and did not answer."""
 
 
 class WeightSyncError(PlaitError, RuntimeError):

@@ -10,22 +10,19 @@ import torch
 
 from .batch import ROW_FIELDS, count, partition, seed_of, select, split_minibatches
 from .config import LearnerConfig
-from .contracts import LossFn, Need, PrepareFn, RememberFn
+from .contracts import Need, PrepareFn, RememberFn
 from .durable import FileRecord
 from .errors import LearnerError
-from .learner import LearnerWorker, Rank, WeightRoute, learning_rate
+from .learner import LearnerWorker, WeightRoute, learning_rate
 from .probes import GradientComparison, GradientProbe
-from .rendezvous import free_port
 from .step_sums import REMEDY
 from .types import (
     Source,
-    TokenSampling,
     TrainBatch,
     Update,
     UpdateReport,
 )
 
-CLOSE_SECONDS = 5.0
 PROMPTS_SHOWN = 8
 
 
@@ -35,6 +32,14 @@ class Ranks(Protocol):
     world_size: int
 
     def call(self, method: str, per_rank: Sequence[tuple[Any, ...]]) -> list[Any]: ...
+
+    def restart(self) -> None:
+        """End all ranks, whatever they do, and start them afresh."""
+        ...
+
+    def status(self) -> Sequence[Mapping[str, Any]]:
+        """What each rank does now; callable from any thread."""
+        ...
 
     def close(self) -> None: ...
 
@@ -50,122 +55,14 @@ class InProcessRank:
     def call(self, method: str, per_rank: Sequence[tuple[Any, ...]]) -> list[Any]:
         return [getattr(self.worker, method)(*per_rank[0])]
 
+    def restart(self) -> None:
+        raise LearnerError("the learner lives in this process; only a new process restarts it")
+
+    def status(self) -> Sequence[Mapping[str, Any]]:
+        return ()
+
     def close(self) -> None:
         self.worker.close()
-
-
-class RayRanks:
-    """One Ray actor a rank. Rank 0's node hosts the rendezvous."""
-
-    def __init__(
-        self,
-        model_path: str,
-        config: LearnerConfig,
-        losses: Mapping[str, LossFn],
-        needs: Mapping[str, frozenset[Need]],
-        env: Mapping[str, str],
-        gpu_share: float = 1.0,
-        token_sampling: TokenSampling | None = None,
-        seed: int = 0,
-        entropy_top_k: int | None = None,
-        seats: Sequence[Mapping[str, Any]] = (),
-        deterministic: bool = False,
-    ) -> None:
-        """`gpu_share` is what a rank claims of its GPU: less than 1 where a rollout worker lives there too.
-
-        `seats` are Ray options for each rank's actor: where it lives. Without them Ray chooses.
-        """
-        import ray
-
-        self.world_size = config.num_workers
-        self.timeout = config.timeout_seconds
-        options = {
-            "num_cpus": 0,
-            "num_gpus": gpu_share if config.device == "cuda" else 0,
-            "runtime_env": {"env_vars": {**env, "OMP_NUM_THREADS": str(config.num_cpus)}},
-        }
-        actor = ray.remote(RemoteLearner)
-        self.workers = [
-            actor.options(**options, **(seats[i] if seats else {})).remote()
-            for i in range(self.world_size)
-        ]
-        address, port = self._get([self.workers[0].rendezvous.remote()])[0]
-        self.starting = [
-            worker.start.remote(
-                model_path,
-                config,
-                losses,
-                needs,
-                Rank(i, self.world_size, address, port),
-                token_sampling,
-                seed,
-                entropy_top_k,
-                deterministic,
-            )
-            for i, worker in enumerate(self.workers)
-        ]
-
-    def wait_started(self) -> None:
-        """Ranks load in the background from construction on, so that other workers can start beside them."""
-        self._get(self.starting)
-
-    def call(self, method: str, per_rank: Sequence[tuple[Any, ...]]) -> list[Any]:
-        return self._get(
-            [
-                worker.call.remote(method, *args)
-                for worker, args in zip(self.workers, per_rank, strict=True)
-            ]
-        )
-
-    def _get(self, refs: list[Any]) -> list[Any]:
-        """Wait for all ranks; the first failure is raised at once, with its own type and message."""
-        import ray
-
-        pending = list(refs)
-        while pending:
-            done, pending = ray.wait(pending, num_returns=1, timeout=self.timeout)
-            if not done:
-                raise LearnerError(
-                    f"{len(pending)} of {len(refs)} learner ranks did not answer within "
-                    f"learner.timeout_seconds = {self.timeout:.0f}"
-                )
-            try:
-                ray.get(done)
-            except ray.exceptions.RayActorError as error:
-                raise LearnerError(f"learner rank {refs.index(done[0])} died: {error}") from error
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause or error from None
-        return ray.get(refs)
-
-    def close(self) -> None:
-        """Let every rank clean up for a moment, then end it; never blocks for long."""
-        import ray
-
-        refs = [worker.call.remote("close") for worker in self.workers]
-        ray.wait(refs, num_returns=len(refs), timeout=CLOSE_SECONDS)
-        for worker in self.workers:
-            ray.kill(worker)
-
-
-class RemoteLearner:
-    """Ray's side of a LearnerWorker: constructed empty, so that rank 0 can name a free port on its node first."""
-
-    def __init__(self) -> None:
-        self.worker: LearnerWorker | None = None
-
-    def rendezvous(self) -> tuple[str, int]:
-        import ray
-
-        address = ray.util.get_node_ip_address()
-        return address, free_port(address)
-
-    def start(self, *args: Any) -> None:
-        self.worker = LearnerWorker(*args)
-
-    def call(self, method: str, *args: Any) -> Any:
-        if self.worker is None:
-            raise LearnerError(f"{method} before start")
-        return getattr(self.worker, method)(*args)
 
 
 class LearnerGroup:
@@ -184,6 +81,7 @@ class LearnerGroup:
         self.ranks, self.config, self.needs = ranks, config, needs
         self.total_steps, self.seed, self.route = total_steps, seed, route
         self._skipped_in_a_row = 0
+        self._receivers: list[Any] = []
 
     def annotate(self, batch: TrainBatch, needs: frozenset[Need], *, single: bool) -> TrainBatch:
         """Fill old_logprobs, old_entropy, ref_logprobs, values and the sketch of each row where `needs` names them.
@@ -351,7 +249,11 @@ class LearnerGroup:
         self._all("refresh_reference")
 
     def connect(self, receivers: Sequence[Any]) -> None:
-        self._all("connect", list(receivers), self.route)
+        """Does nothing where it is these already."""
+        if list(receivers) != self._receivers:
+            self._receivers = []
+            self._all("connect", list(receivers), self.route)
+            self._receivers = list(receivers)
 
     def send_weights(self, version: int) -> Mapping[str, str]:
         return self._all("send_weights", version)[0]
@@ -371,6 +273,13 @@ class LearnerGroup:
 
     def export(self, folder: str) -> None:
         self._all("export", folder)
+
+    def restart(self) -> None:
+        self._receivers = []
+        self.ranks.restart()
+
+    def status(self) -> Sequence[Mapping[str, Any]]:
+        return self.ranks.status()
 
     def close(self) -> None:
         self.ranks.close()

@@ -11,26 +11,28 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
-from typing import NoReturn
+from functools import partial
+from typing import Any, NoReturn
 
 from .batch import collate
 from .checkpoint import Checkpoints, Snapshot, snapshot, step_of
 from .config import EvalConfig, LoopConfig
 from .contracts import Algorithm, DataSource, Learners, RolloutPool, Scorer
-from .errors import Stopped
+from .errors import LearnerLost, Stopped, WorkerLost
 from .evaluation import EvalResult, evaluate_groups, evaluation_requests
 from .failpoints import reach
 from .journal import Journal
 from .ledger import expert_ledger, gradient_ledger, split_by_source
 from .metrics import RunLog, step_metrics
 from .probes import GradientProbe
+from .recovery import Recovery
 from .run_state import RunState
 from .saved_batch import SavedBatch, save_rounds, to_bytes
 from .step_record import StepRecord, account, count_outcomes
 from .stop import StopAsked, StopRequest
-from .sync_proof import Tolerance, digest, prove_sync
+from .sync_proof import SyncProof, Tolerance, digest, prove_sync
 from .types import (
     Prompt,
     RolloutGroup,
@@ -68,38 +70,66 @@ class Parts:
 
 
 def train(config: LoopConfig, evaluation: EvalConfig, sampling: Sampling, parts: Parts) -> RunState:
-    """Run to the end that `config` sets, from the last checkpoint where there is one."""
-    algorithm, data, log = parts.algorithm, parts.data, parts.log
-    state = parts.checkpoints.restore(algorithm, data, parts.learners)
-    log.begin(state, config.steps)
-    parts.learners.connect(parts.rollouts.receivers())
+    """Run to the end that `config` sets, from the last checkpoint where there is one.
+
+    A learner that is lost starts again, and the run goes on as a resumed one would: from the last checkpoint, with the
+    rollouts of the journal.
+    """
+    recovery = Recovery.of(config.max_restarts, parts)
+    state: RunState | None = None
+    while True:
+        try:
+            state = begin(config, evaluation, sampling, parts, state)
+            while end_reason(config, state) is None:
+                go_on(config, evaluation, sampling, parts, state)
+                recovery.step_done()
+            return state
+        except LearnerLost as lost:
+            recovery.restart(parts, state, lost)
+
+
+def begin(
+    config: LoopConfig,
+    evaluation: EvalConfig,
+    sampling: Sampling,
+    parts: Parts,
+    before: RunState | None,
+) -> RunState:
+    """Everything as the last checkpoint has it; `before`: where a lost learner had come to."""
+    state = parts.checkpoints.restore(parts.algorithm, parts.data, parts.learners)
+    parts.log.begin(state, config.steps)
     publish(parts, state)
     if state.step == 0 and evaluation.num_prompts:
-        state.eval_before = evaluate(parts, evaluation, sampling, state)
-
-    while end_reason(config, state) is None:
-        started = time.perf_counter()
-        before = snapshot(state, algorithm, data)
-        try:
-            done = take_step(config, sampling, parts, state)
-        except StopAsked:  # while it sampled: the weights are still those of `before`
-            stop_at(before, parts)
-        state.count_generated(done.groups)
-        if state.advance(done.reports):  # samplers follow the learner
-            publish(parts, state)
-        state.step_seconds += time.perf_counter() - started
-        record_step(config, parts, state, done)
-
-        last, best = end_reason(config, state) is not None, False
-        if evaluation.num_prompts and (last or due(state.step, evaluation.every)):
-            best = state.note_evaluation(evaluate(parts, evaluation, sampling, state))
-        if last or best or due(state.step, parts.checkpoints.every):
-            with log.phase("checkpoint"):
-                parts.checkpoints.save(state, algorithm, data, parts.learners)
-        settle(parts, wait=last)
-        if parts.stop.reason and not last:
-            stop_at(snapshot(state, algorithm, data), parts)
+        known = before.eval_before if before is not None else None
+        state.eval_before = known or evaluate(parts, evaluation, sampling, state)
     return state
+
+
+def go_on(
+    config: LoopConfig, evaluation: EvalConfig, sampling: Sampling, parts: Parts, state: RunState
+) -> None:
+    """One step, and what is due after it."""
+    started = time.perf_counter()
+    before = snapshot(state, parts.algorithm, parts.data)
+    try:
+        done = take_step(config, sampling, parts, state)
+    except StopAsked:  # while it sampled: the weights are still those of `before`
+        stop_at(before, parts)
+    state.count_generated(done.groups)
+    if state.advance(done.reports):  # samplers follow the learner
+        publish(parts, state)
+    state.step_seconds += time.perf_counter() - started
+    record_step(config, parts, state, done)
+
+    last, best = end_reason(config, state) is not None, False
+    if evaluation.num_prompts and (last or due(state.step, evaluation.every)):
+        best = state.note_evaluation(evaluate(parts, evaluation, sampling, state))
+    if last or best or due(state.step, parts.checkpoints.every):
+        with parts.log.phase("checkpoint"):
+            parts.checkpoints.save(state, parts.algorithm, parts.data, parts.learners)
+    settle(parts, wait=last)
+    if parts.stop.reason and not last:
+        stop_at(snapshot(state, parts.algorithm, parts.data), parts)
 
 
 def stop_at(here: Snapshot, parts: Parts) -> NoReturn:
@@ -345,18 +375,32 @@ def publish(parts: Parts, state: RunState) -> None:
     """Send the learner's weights to every sampler and prove that they are what is served."""
     state.syncs += 1
     with parts.log.phase("sync"):
-        checksums = parts.learners.send_weights(state.policy_version)
-        state.weights = digest(checksums)
-        proof = prove_sync(
-            parts.learners,
-            parts.rollouts,
-            version=state.policy_version,
-            checksums=checksums,
-            probes=parts.probes,
-            tolerance=parts.tolerance,
-        )
+        proof = None
+        while proof is None:
+            # All may die meanwhile: the pool names those that take their place, or gives up.
+            with suppress(WorkerLost):
+                proof = sync(parts, state, parts.rollouts.receivers())
     state.syncs_proved += 1
     parts.log.synced(proof)
+
+
+def sync(parts: Parts, state: RunState, receivers: Sequence[Any]) -> SyncProof:
+    """Bring the receivers to the learner's weights, all of them or those that come up later, and let them serve."""
+    version = state.policy_version
+    parts.learners.connect(receivers)
+    checksums = parts.learners.send_weights(version)
+    state.weights = digest(checksums)
+    proof = prove_sync(
+        parts.learners,
+        parts.rollouts,
+        version=version,
+        receivers=receivers,
+        checksums=checksums,
+        probes=parts.probes,
+        tolerance=parts.tolerance,
+    )
+    parts.rollouts.admit(version, receivers, partial(sync, parts, state))
+    return proof
 
 
 def evaluate(parts: Parts, config: EvalConfig, sampling: Sampling, state: RunState) -> EvalResult:

@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any, Protocol
@@ -171,6 +171,17 @@ class Console(Protocol):
     def close(self) -> None: ...
 
 
+@dataclass
+class At:
+    """Where the run is now; other threads read it."""
+
+    phase: str = "start"
+    step: int = 0
+    since: float = field(default_factory=time.monotonic)
+    samples: int = 0
+    """Finished in this phase."""
+
+
 class RunLog:
     """Writes metrics.jsonl, TensorBoard events and rollouts/*.jsonl of a run folder; keeps time by phase."""
 
@@ -181,6 +192,7 @@ class RunLog:
         self._step_started = time.perf_counter()
         self._sync: dict[str, float] = {}
         self._board: Any = None
+        self.at = At()
         (folder / "rollouts").mkdir(parents=True, exist_ok=True)
 
     def begin(self, state: RunState, steps: int) -> None:
@@ -193,20 +205,26 @@ class RunLog:
                 lines = path.read_text().splitlines(keepends=True)
                 kept = "".join(line for line in lines if line_step(line) <= state.step)
                 replace_durably(path, kept)
+        if self._board is not None:
+            self._board.close()
+        self._step_seconds = {}
         self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=state.step + 1)
         self.seconds = dict(state.seconds)
         self.console.begin(state.step, steps)
+        self.at = At("begin", state.step + 1)
         self._step_started = time.perf_counter()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time a phase of the step and show that it is running."""
         self.console.phase(name)
+        self.at = At(name, self.at.step)
         start = time.perf_counter()
         yield
         elapsed = time.perf_counter() - start
         self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
         self._step_seconds[name] = self._step_seconds.get(name, 0.0) + elapsed
+        self.at = At("between phases", self.at.step)
 
     def watch(
         self, rollouts: Iterable[Rollout], requests: Sequence[RolloutRequest]
@@ -214,6 +232,7 @@ class RunLog:
         """Pass rollouts through and count them for the console."""
         total = sum(request.n for request in requests)
         for done, rollout in enumerate(rollouts, start=1):
+            self.at.samples = done
             self.console.progress(done, total)
             reach("rollout.received")
             yield rollout
@@ -230,6 +249,7 @@ class RunLog:
         self._write(state.step, row)
         self.console.step(state.step, row)
         state.seconds = dict(self.seconds)
+        self.at = At("between phases", state.step + 1)
         self._step_seconds = {}
         self._step_started = time.perf_counter()
 

@@ -68,6 +68,14 @@ class ProcessRanks:
                 answers[waiting[end]] = receive(end, waiting[end], method)
         return [answers[i] for i in range(self.world_size)]
 
+    def restart(self) -> None:
+        raise LearnerError(
+            "ranks of a proof are not restarted; see the traceback of the one that ended"
+        )
+
+    def status(self) -> Sequence[Mapping[str, Any]]:
+        return ()
+
     def close(self) -> None:
         for end in self._ends:
             end.close()

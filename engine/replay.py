@@ -6,7 +6,7 @@ digest of the weights must be equal to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,15 @@ class NothingSampled:
     def receivers(self) -> Sequence[Any]:
         return ()
 
-    def prove(self, version: int, probes: Sequence[Sequence[int]]) -> Sequence[Any]:
+    def prove(
+        self, version: int, probes: Sequence[Sequence[int]], receivers: Sequence[Any]
+    ) -> Sequence[Any]:
+        return ()
+
+    def admit(self, version: int, receivers: Sequence[Any], sync: Any) -> None:
+        """Nobody serves."""
+
+    def status(self) -> Sequence[Mapping[str, Any]]:
         return ()
 
     def close(self) -> None: ...

@@ -10,9 +10,9 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .errors import WeightSyncError
+from .errors import WeightSyncError, WorkerLost
 
 if TYPE_CHECKING:
     from .contracts import Learners, RolloutPool, ServedProof
@@ -59,20 +59,22 @@ def prove_sync(
     pool: RolloutPool,
     *,
     version: int,
+    receivers: Sequence[Any],
     checksums: Mapping[str, str],
     probes: Sequence[Sequence[int]],
     tolerance: Tolerance,
 ) -> SyncProof:
-    """Driver: compare what every worker serves with what the learner has; WeightSyncError names the difference.
+    """Driver: compare what every receiver serves with what the learner has; WeightSyncError names the difference.
 
-    `checksums` is what `send_weights(version)` returned; `probes` are token sequences of at least two tokens.
+    `checksums` is what `send_weights(version)` returned; `probes` are token sequences of at least two tokens. Receivers
+    that were lost are not in the proof; WorkerLost when that is all of them.
     """
     with ThreadPoolExecutor(1) as beside:  # both sides compute at once
         answer = beside.submit(learners.logprobs, probes)
-        proofs = pool.prove(version, probes)
+        proofs = pool.prove(version, probes, receivers)
         expected = answer.result()
     if not proofs:
-        raise WeightSyncError(f"no rollout worker proved version {version}")
+        raise WorkerLost(f"no rollout worker lived to prove version {version}")
     differences: list[float] = []
     for proof in proofs:
         _check_parameters(proof, version, checksums)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
-from .errors import WeightSyncError
+from .errors import WeightSyncError, WorkerLost
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,7 +74,8 @@ class WeightSender(Protocol):
     def send(self, weights: Weights, version: int) -> Mapping[str, str]:
         """Deliver one pass of `weights` to every receiver; the checksum of each parameter (rank 0; {} elsewhere).
 
-        Every rank calls it, because the pass gathers. Raises WeightSyncError; after that no receiver serves.
+        Every rank calls it, because the pass gathers. Raises WeightSyncError; after that no receiver serves. A receiver
+        that dies is left out where the others do not need it (shared memory), else WorkerLost is raised.
         """
         ...
 
@@ -100,7 +101,7 @@ class SharedMemorySender:
         self._receivers = tuple(receivers)
         if self._rank == 0:
             deadline = time.monotonic() + self._timeout
-            call_all(self._receivers, "init_weight_transfer_engine", [{}], deadline)
+            call_living(self._receivers, "init_weight_transfer_engine", [{}], deadline)
 
     def send(self, weights: Weights, version: int) -> Mapping[str, str]:
         if self._rank != 0:
@@ -109,9 +110,9 @@ class SharedMemorySender:
             return {}
         info = self._write(weights())
         deadline = time.monotonic() + self._timeout
-        call_all(self._receivers, "start_weight_update", [], deadline)
-        call_all(self._receivers, "update_weights", [info], deadline)
-        call_all(self._receivers, "finish_weight_update", [str(version)], deadline)
+        living = call_living(self._receivers, "start_weight_update", [], deadline)
+        living = call_living(living, "update_weights", [info], deadline)
+        call_living(living, "finish_weight_update", [str(version)], deadline)
         return dict(zip(info["names"], info["checksums"], strict=True))
 
     def close(self) -> None:
@@ -161,20 +162,46 @@ def call_all(receivers: Sequence[Any], method: str, args: list[Any], deadline: f
 def call_each(
     receivers: Sequence[Any], method: str, args: list[list[Any]], deadline: float
 ) -> None:
-    """Call a method of every receiver at once and wait for all; WeightSyncError on failure or at the deadline."""
+    """Call a method of every receiver at once and wait for all.
+
+    Raises WorkerLost when one has died, WeightSyncError on every other failure and at the deadline.
+    """
+    living = _call(receivers, method, args, deadline)
+    if len(living) < len(receivers):
+        raise WorkerLost(f"a rollout worker died during {method}")
+
+
+def call_living(
+    receivers: Sequence[Any], method: str, args: list[Any], deadline: float
+) -> list[Any]:
+    """As `call_all`, but those that have died are left out of what is returned."""
+    return _call(receivers, method, [args] * len(receivers), deadline)
+
+
+def _call(
+    receivers: Sequence[Any], method: str, args: list[list[Any]], deadline: float
+) -> list[Any]:
     import ray
-    from ray.exceptions import GetTimeoutError, RayError
+    from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
     refs = [getattr(one, method).remote(*its) for one, its in zip(receivers, args, strict=True)]
-    try:
-        ray.get(refs, timeout=max(0.0, deadline - time.monotonic()))
-    except GetTimeoutError as error:
-        raise WeightSyncError(
-            f"rollout workers did not finish {method} before the sync deadline"
-        ) from error
-    except RayError as error:
-        cause = getattr(error, "cause", None) or error
-        raise WeightSyncError(f"{method} failed: {cause}") from error
+    living = []
+    for receiver, ref in zip(receivers, refs, strict=True):
+        try:
+            ray.get(ref, timeout=max(0.0, deadline - time.monotonic()))
+        except GetTimeoutError as error:
+            raise WeightSyncError(
+                f"rollout workers did not finish {method} before the sync deadline"
+            ) from error
+        except RayActorError:
+            continue
+        except RayError as error:
+            cause = getattr(error, "cause", None) or error
+            if isinstance(cause, WorkerLost):
+                continue
+            raise WeightSyncError(f"{method} failed: {cause}") from error
+        living.append(receiver)
+    return living
 
 
 def make_sender(

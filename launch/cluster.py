@@ -12,16 +12,19 @@ import logging
 import os
 import secrets
 import signal
+import subprocess
 import sys
+import tempfile
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import plait
 
+from ..engine import guard
 from ..engine.errors import ClusterError
 
 # glibc returns every large tensor to the system and page-faults the next one; these settings keep them.
@@ -33,6 +36,7 @@ ALLOCATOR = {
 INSECURE = "PLAIT_INSECURE"
 """Environment variable: 1 lets a run start on a cluster that is open to anybody."""
 ASK_SECONDS = 3.0
+GUARD_SECONDS = 5.0
 
 
 @contextmanager
@@ -50,20 +54,49 @@ def ray_cluster() -> Iterator[None]:
     # A job's own runtime environment and ours are both wanted; ours holds its PYTHONPATH too.
     os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    context = ray.init(
-        address=None if joins else "local",
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-        include_dashboard=None if joins else False,
-        runtime_env={"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"]}},
-    )
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own would end the process there and then
+    with nullcontext() if joins else guarded() as folder:
+        context = ray.init(
+            address=None if joins else "local",
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            include_dashboard=None if joins else False,
+            runtime_env={"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"]}},
+            _temp_dir=folder,
+        )
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(
+                signal.SIGTERM, on_sigterm
+            )  # Ray's own would end the process there and then
+        try:
+            refuse_exposed(context.dashboard_url)
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def guarded() -> Iterator[str]:
+    """Whatever is started inside ends with this process, however that ends, and so does the folder that is yielded.
+
+    Ray's own helpers would notice only after a minute, and its logs and vLLM's sockets would stay for ever.
+    """
+    folder = tempfile.mkdtemp(prefix="plait-ray-")
+    mine = {guard.RUN: secrets.token_hex(8), "VLLM_RPC_BASE_PATH": folder}
+    before = {name: os.environ.get(name) for name in mine}
+    watching = guard.start(guard.RUN, mine[guard.RUN], folder)
+    os.environ.update(mine)
     try:
-        refuse_exposed(context.dashboard_url)
-        yield
+        yield folder
     finally:
-        ray.shutdown()
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+        try:
+            watching.communicate(timeout=GUARD_SECONDS)
+        except subprocess.TimeoutExpired:
+            watching.kill()
+            watching.wait()
 
 
 def keep_private() -> None:

@@ -240,6 +240,7 @@ def compose(
     from ..engine.loop import Parts
     from ..engine.metrics import RunLog
     from ..engine.replay import NothingSampled
+    from ..engine.status import StatusFile
     from ..engine.sync_proof import Tolerance
     from .console import make_console
 
@@ -268,6 +269,10 @@ def compose(
     )
     log = RunLog(folder, make_console())
     stack.callback(log.close)
+    if pool is not None:
+        pool.tell_by(log.console.say)
+        status = StatusFile(log, pool, learners, recipe.loop.stall_seconds)
+        stack.callback(status.close)
     log.console.say("\n".join([str(data.report), *admitted.lines(), *gold]))
     return Parts(
         algorithm=algorithm,
@@ -286,7 +291,7 @@ def compose(
 
 def start_ranks(recipe: Recipe, algorithm: AlgorithmBase, model_path: str, seats: Seats) -> Any:
     """Learner ranks, loading in the background."""
-    from ..engine.learners import RayRanks
+    from ..engine.ray_ranks import RayRanks
     from .cluster import learner_env
 
     return RayRanks(

@@ -12,15 +12,14 @@ import os
 import queue
 import secrets
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from ..engine import guard
 from ..engine.errors import ConfigError, PlaitError, RewardError
 from ..engine.types import Score
-from . import guard
 from .config import RewardConfig
 from .frames import RewardSource
 from .process import START_SECONDS, Cancelled, Lost, ScoringProcess
@@ -70,11 +69,7 @@ class ProcessPool:
         self._failure: PlaitError | None = None
         self._example: Job | None = None
         """A job that was graded well: new processes begin with it, since first calls are slow."""
-        self._guard = subprocess.Popen(
-            [sys.executable, "-I", "-S", guard.__file__, self._mark],
-            stdin=subprocess.PIPE,
-            start_new_session=True,
-        )
+        self._guard = guard.start(guard.SCORING, self._mark)
         self._started = [threading.Event() for _ in range(config.num_workers)]
         # The kernel ends a process with the *thread* that started it, so these live as long as the pool.
         self._threads = [

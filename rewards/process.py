@@ -18,9 +18,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..engine import guard
 from ..engine.errors import ConfigError
 from ..engine.types import Score
-from . import guard
 from .frames import (
     TICKET_BYTES,
     Load,
@@ -381,7 +381,7 @@ def _environment(mark: str) -> dict[str, str]:
     Their threads would take cores from generation. Fewer malloc arenas: each reserves 64 MiB of address space.
     """
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    return {**threads, "MALLOC_ARENA_MAX": "2", **os.environ, guard.MARK: mark}
+    return {**threads, "MALLOC_ARENA_MAX": "2", **os.environ, guard.SCORING: mark}
 
 
 def _tasks_on_machine() -> int:

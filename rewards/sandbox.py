@@ -31,7 +31,8 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from . import guard, sandbox_launcher
+from ..engine import guard
+from . import sandbox_launcher
 
 Isolation = Literal["namespaces", "limits"]
 START_SECONDS = 5.0
@@ -101,7 +102,7 @@ class _Program:
     def __init__(self, folder: str, limits: Limits, isolation: Isolation) -> None:
         self._limits = limits
         self._isolation = isolation
-        self._mark = f"{os.environ.get(guard.MARK, '')}/{secrets.token_hex(8)}"
+        self._mark = f"{os.environ.get(guard.SCORING, '')}/{secrets.token_hex(8)}"
         towards = ("job", "stdin", "requests")
         pipes = {name: os.pipe() for name in (*towards, "stdout", "replies", "status")}
         theirs = {name: pipe[name not in towards] for name, pipe in pipes.items()}
@@ -112,7 +113,7 @@ class _Program:
             self._process = subprocess.Popen(
                 [*command, str(theirs["job"]), str(theirs["status"])],
                 cwd=folder,
-                env={guard.MARK: self._mark},
+                env={guard.SCORING: self._mark},
                 stdin=theirs["stdin"],
                 stdout=theirs["stdout"],
                 stderr=subprocess.DEVNULL,
@@ -267,4 +268,4 @@ def _environment(mark: str, home: str) -> dict[str, str]:
     """Nothing of plait's own but the mark by which its guard finds what is left over."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     paths = {"PATH": "/usr/bin:/bin", "HOME": home, "TMPDIR": home, "LANG": "C.UTF-8"}
-    return {**threads, **paths, guard.MARK: mark}
+    return {**threads, **paths, guard.SCORING: mark}

@@ -37,9 +37,18 @@ class RolloutConfig(Section):
     weight_sync: Literal["shared_memory", "nccl", "ipc"] = "shared_memory"
     """shared_memory on one CPU node; nccl between separate GPUs; ipc where learner and rollouts share a GPU."""
     start_timeout_seconds: float = Field(default=600.0, gt=0)
+    """Deadline of a worker's start, and of the wait for a worker where none is left."""
     sample_timeout_seconds: float = Field(default=600.0, gt=0)
-    """Deadline of the wait for the next finished sample."""
+    """A worker that finishes none of the samples it was given for so long is replaced."""
     sync_timeout_seconds: float = Field(default=300.0, gt=0)
+    silence_seconds: float = Field(default=60.0, gt=0)
+    """A worker whose processes do not answer for so long is killed and replaced; a dead one is noticed at once."""
+    num_spares: int = Field(default=0, ge=0)
+    """CPU: workers that are started beside the others, and take the place of a lost one at once."""
+    max_restarts: int = Field(default=3, ge=0)
+    """Replacements in a row of one worker, none of which finished a sample; then it is given up."""
+    max_reissues: int = Field(default=2, ge=0)
+    """Times that a sample is asked for again because its worker was lost; then the run ends and names its prompt."""
 
     @model_validator(mode="after")
     def _ipc_shares_one_gpu(self) -> "RolloutConfig":
@@ -47,6 +56,15 @@ class RolloutConfig(Section):
             raise ValueError(
                 f"rollouts.tensor_parallel_size = {self.tensor_parallel_size} does not work with "
                 "rollouts.weight_sync = ipc, where learner and rollouts share one GPU; use nccl"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _spares_own_no_gpu(self) -> "RolloutConfig":
+        if self.num_spares and self.device == "cuda":
+            raise ValueError(
+                f"rollouts.num_spares = {self.num_spares}: a spare would hold GPUs without using them; raise "
+                "rollouts.num_workers"
             )
         return self
 

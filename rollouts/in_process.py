@@ -7,7 +7,7 @@ paging, so this is meant for tens of short samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,9 @@ class ModelSampler:
         """Of the weights; every rollout carries it."""
         self._decode, self._stop, self._seed = decode, frozenset(stop_token_ids), seed
 
-    def generate(self, requests: Sequence[RolloutRequest], *, step: int) -> Iterator[Rollout]:
+    def generate(
+        self, requests: Sequence[RolloutRequest], *, step: int
+    ) -> Generator[Rollout, None, None]:
         """Yield every requested rollout once."""
         alike: dict[tuple[int, int, Sampling], list[Task]] = {}
         for request in requests:

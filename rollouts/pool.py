@@ -1,32 +1,29 @@
-"""The pool of rollout workers: starts them, keeps them busy sample by sample, and streams finished samples out."""
+"""The pool of rollout workers: keeps them busy sample by sample and streams finished samples out, whoever dies.
+
+What a lost worker owed is asked for again, at once and from another one; what it may still answer is not heard. A
+worker that took its place gets samples only after a proved weight sync. Who is lost, and who replaces it: crew.py.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
-from ..engine.errors import RolloutError
+from ..engine.errors import RolloutError, Stalled, WorkerLost
 from ..engine.types import Rollout, RolloutRequest
 from .config import RolloutConfig
+from .crew import TICK, Crew, Loss, Member, explain
 from .engine_process import environment
 from .worker import RolloutWorker, SampleTask, WorkerProof, sample_seed
 
 _CANCEL_SECONDS = 30.0
-
-
-@dataclass(slots=True)
-class _Member:
-    """One worker as the pool sees it."""
-
-    name: str
-    actor: Any
-    outstanding: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +31,7 @@ class _Owed:
     """A sample that was handed to a worker and has not come back."""
 
     task: SampleTask
-    member: _Member
+    member: Member
     since: float
 
 
@@ -64,15 +61,29 @@ class Pool:
         self.seed = seed
         """Of the run that samples; a pool may serve several, one after the other."""
         actor, options = ray.remote(RolloutWorker), _actor_options(config)
-        self._members = []
-        for number in range(config.num_workers):
-            placed = actor.options(**options, **(seats[number] if seats else {}))
-            name = f"rollout-{number}"
-            handle = placed.remote(name, model_path, config, dtype, version)
-            self._members.append(_Member(name, handle))
+
+        def recruit(name: str, seat: int) -> Any:
+            placed = actor.options(**options, **(seats[seat] if seats else {}))
+            return placed.remote(name, model_path, config, dtype, version)
+
+        self._crew = Crew(recruit, config)
         self._deadline = time.monotonic() + config.start_timeout_seconds
-        self._starting = self._submit_all("start", ())
         self._stop_token_ids: tuple[int, ...] = ()
+        self._version: int | None = None
+        """What a worker must be proved to serve; None: no weights were sent yet."""
+        self._sync: Callable[[Sequence[Any]], None] | None = None
+        self._owed: dict[Any, _Owed] = {}
+        self.reissued = 0
+        """Samples that were asked for again."""
+
+    @property
+    def losses(self) -> Sequence[Loss]:
+        """Workers lost so far."""
+        return self._crew.losses
+
+    def tell_by(self, tell: Callable[[str], None]) -> None:
+        """`tell` gets one line about each worker that is lost, and each that takes its place."""
+        self._crew.tell = tell
 
     def wait_started(self, stop_token_ids: Sequence[int] = ()) -> None:
         """Block until every worker serves. RolloutError names the one that failed or missed the deadline.
@@ -80,70 +91,229 @@ class Pool:
         `stop_token_ids` end a response beside the model's own end-of-sequence tokens.
         """
         self._stop_token_ids = tuple(stop_token_ids)
-        try:
-            self._gather(self._starting, "start", self._deadline)
-        except RolloutError:
+        while late := [member for member in self._crew.everyone() if not member.is_up]:
+            if self._crew.failure is not None:
+                break
+            if time.monotonic() > self._deadline:
+                names = ", ".join(member.name for member in late)
+                self.close()
+                raise RolloutError(
+                    f"{names} did not finish start before its deadline "
+                    f"(rollouts.start_timeout_seconds = {self._config.start_timeout_seconds:g})"
+                )
+            time.sleep(TICK / 2)
+        if self._crew.failure is not None:
             self.close()
-            raise
+            raise self._crew.failure
+        self._crew.begin()
 
     def generate(
         self, requests: Sequence[RolloutRequest], *, step: int
     ) -> Generator[Rollout, None, None]:
-        """Yield every requested rollout once, as it finishes.
+        """Yield every requested rollout once, as it finishes; what a lost worker owed is drawn by another one.
 
-        RolloutError when a worker fails or dies, or when no sample finishes for `sample_timeout_seconds`. Leaving the
-        iterator early aborts what is still in flight.
+        Raises RolloutError that names the prompt when a sample cannot be drawn or has lost `max_reissues` workers,
+        Stalled when no worker can be had in time. Leaving the iterator early aborts what is still in flight.
         """
         queue = deque(task for request in requests for task in self._tasks(request, step))
-        owed: dict[Any, _Owed] = {}
+        issued: Counter[tuple[str, int]] = Counter()
+        owed = self._owed = {}
         try:
             while queue or owed:
+                self._welcomed()
                 self._dispatch(queue, owed)
-                ready, _ = ray.wait(list(owed), timeout=self._config.sample_timeout_seconds)
-                if not ready:
-                    raise self._overdue(owed)
-                # It stays owed until its result is here: when it failed, its worker is drained with the others.
-                rollout = _collect(ready[0], owed[ready[0]])
-                owed.pop(ready[0]).member.outstanding -= 1
-                yield rollout
+                if not owed:
+                    self._wait_for_worker(self._welcomed)
+                    continue
+                ready, _ = ray.wait(list(owed), timeout=TICK)
+                if ready and (rollout := self._collect(ready[0], owed)) is not None:
+                    yield rollout
+                self._lose_overdue(owed)
+                self._take_back(queue, owed, issued)
         finally:
-            _abandon(owed)
+            self._abandon(owed)
 
     def receivers(self) -> Sequence[Any]:
-        return [member.actor for member in self._members]
+        """Handles of the workers that are up; waits while there is none, Stalled at the deadline."""
+        self._wait_for_worker(self._crew.up)
+        return [member.actor for member in self._crew.up()]
 
-    def prove(self, version: int, probes: Sequence[Sequence[int]]) -> Sequence[WorkerProof]:
-        """See contracts.RolloutPool; RolloutError when a worker fails or misses the sync deadline."""
-        return self._call_all("prove", (version, probes), self._config.sync_timeout_seconds)
+    def prove(
+        self, version: int, probes: Sequence[Sequence[int]], receivers: Sequence[Any]
+    ) -> Sequence[WorkerProof]:
+        """See contracts.RolloutPool; workers that are lost meanwhile are missing."""
+        members = [member for member in self._crew.up() if member.actor in receivers]
+        calls = {member.actor.prove.remote(version, probes): member for member in members}
+        deadline = time.monotonic() + self._config.sync_timeout_seconds
+        proofs = []
+        for ref, member in calls.items():
+            if not ray.wait([ref], timeout=max(0.0, deadline - time.monotonic()))[0]:
+                late = f"{member.name} did not finish prove before its deadline"
+                self._crew.lose(member, late, silent=True)
+                continue
+            proof = self._result(ref, member, "prove")
+            if proof is not None:
+                proofs.append(proof)
+        return proofs
+
+    def admit(
+        self, version: int, receivers: Sequence[Any], sync: Callable[[Sequence[Any]], None]
+    ) -> None:
+        """See contracts.RolloutPool."""
+        self._version, self._sync = version, sync
+        for member in self._crew.everyone():
+            if member.actor in receivers:
+                member.version = version
+
+    def status(self) -> list[dict[str, Any]]:
+        """What each worker does, for status.json."""
+        now = time.monotonic()
+        oldest: dict[str, _Owed] = {}
+        for one in list(self._owed.values()):
+            if one.member.name not in oldest or one.since < oldest[one.member.name].since:
+                oldest[one.member.name] = one
+        rows = []
+        for member in self._crew.everyone():
+            row = {
+                "name": member.name,
+                "state": member.state,
+                "seconds": round(member.seconds, 1),
+                "version": member.version,
+                "finished": member.finished,
+                "owes": member.outstanding,
+            }
+            if member.name in oldest:
+                first = oldest[member.name]
+                row |= {"oldest": str(first.task), "oldest_seconds": round(now - first.since, 1)}
+            rows.append(row)
+        return rows
 
     def close(self) -> None:
-        """Kill the workers; their vLLM processes follow them at once. Never blocks."""
-        for member in self._members:
-            ray.kill(member.actor)
-        self._members = []
+        """Kill the workers; their vLLM processes go with them. Does not wait for that."""
+        self._crew.close()
+
+    def _serving(self) -> list[Member]:
+        return [member for member in self._crew.up() if member.version == self._version]
+
+    def _welcomed(self) -> list[Member]:
+        """Those that may be given samples, after bringing workers that came up late to the present weights."""
+        late = [member.actor for member in self._crew.up() if member.version != self._version]
+        if late and self._sync is not None:
+            with contextlib.suppress(WorkerLost):  # the crew replaces them
+                self._sync(late)
+        return self._serving()
 
     def _dispatch(self, queue: deque[SampleTask], owed: dict[Any, _Owed]) -> None:
         """Hand samples to the least loaded worker while one has room.
 
         No worker is given more than twice what it decodes at once: enough that it never idles, and late samples still
-        go where there is room.
+        go where there is room. What is finished and not yet taken counts, so a slow consumer slows the workers down.
         """
-        while queue:
-            member = min(self._members, key=lambda one: one.outstanding)
+        while queue and (serving := self._serving()):
+            member = min(serving, key=lambda one: one.outstanding)
             if member.outstanding >= 2 * self._config.max_num_seqs:
                 return
-            task = queue.popleft()
-            owed[member.actor.generate.remote(task)] = _Owed(task, member, time.monotonic())
+            task, now = queue.popleft(), time.monotonic()
+            if not member.outstanding:
+                member.last_sample = now
+            owed[member.actor.generate.remote(task)] = _Owed(task, member, now)
             member.outstanding += 1
 
-    def _overdue(self, owed: Mapping[Any, _Owed]) -> RolloutError:
-        oldest = min(owed.values(), key=lambda one: one.since)
-        waited = time.monotonic() - oldest.since
-        return RolloutError(
-            f"no sample finished within rollouts.sample_timeout_seconds = {self._config.sample_timeout_seconds:g}; "
-            f"{len(owed)} are outstanding, the oldest is prompt {oldest.task.prompt_id} (index {oldest.task.index}) "
-            f"at rollout worker {oldest.member.name}, for {waited:.1f} s"
-        )
+    def _collect(self, ref: Any, owed: dict[Any, _Owed]) -> Rollout | None:
+        """The finished sample; None when its worker was lost: `_take_back` then asks again."""
+        one = owed[ref]
+        if one.member.lost:
+            return None
+        # It stays owed until its result is here: when it failed, its worker is drained with the others.
+        rollout = self._result(ref, one.member, str(one.task))
+        if rollout is None:
+            return None
+        if self._version is not None and rollout.policy_version != self._version:
+            raise RolloutError(
+                f"{one.task} was drawn by version {rollout.policy_version} at {one.member.name}, not "
+                f"by {self._version}"
+            )
+        del owed[ref]
+        one.member.outstanding -= 1
+        one.member.finished += 1
+        one.member.last_sample = time.monotonic()
+        return rollout
+
+    def _result(self, ref: Any, member: Member, what: str) -> Any:
+        """The value of a finished call; None when the worker is lost. RolloutError when the call itself is at fault."""
+        try:
+            return ray.get(ref)
+        except RayTaskError as error:
+            if isinstance(error.cause, WorkerLost):
+                self._crew.lose(member, explain(member.name, error))
+                return None
+            if isinstance(error.cause, RolloutError):
+                raise error.cause from None
+            cause = error.cause or error
+            raise RolloutError(f"rollout worker {member.name} failed at {what}: {cause}") from error
+        except RayError as error:
+            self._crew.lose(member, explain(member.name, error))
+            return None
+
+    def _lose_overdue(self, owed: Mapping[Any, _Owed]) -> None:
+        limit, now = self._config.sample_timeout_seconds, time.monotonic()
+        for member in {one.member for one in owed.values()}:
+            if not member.lost and now - member.last_sample > limit:
+                oldest = min(
+                    (one for one in owed.values() if one.member is member), key=lambda o: o.since
+                )
+                reason = (
+                    f"{member.name} finished no sample within rollouts.sample_timeout_seconds = {limit:g}; "
+                    f"it owes {member.outstanding}, the oldest is {oldest.task}, for {now - oldest.since:.1f} s"
+                )
+                self._crew.lose(member, reason, silent=True)
+
+    def _take_back(
+        self, queue: deque[SampleTask], owed: dict[Any, _Owed], issued: Counter[tuple[str, int]]
+    ) -> None:
+        """Queue again, first of all, what lost workers owe; no answer of theirs is read from now on."""
+        for ref in [ref for ref, one in owed.items() if one.member.lost]:
+            one = owed.pop(ref)
+            key = one.task.prompt_id, one.task.index
+            issued[key] += 1
+            if issued[key] > self._config.max_reissues:
+                kind = Stalled if one.member.silent else RolloutError
+                raise kind(
+                    f"{one.task} lost its worker {issued[key]} times (rollouts.max_reissues = "
+                    f"{self._config.max_reissues}); the last: rollout worker {one.member.lost}"
+                )
+            self.reissued += 1
+            queue.appendleft(one.task)
+
+    def _wait_for_worker(self, ready: Callable[[], Sequence[Member]]) -> None:
+        """Until there is one; raises when none can come, Stalled at the deadline."""
+        limit = self._config.start_timeout_seconds
+        deadline = time.monotonic() + limit
+        while not ready():
+            if self._crew.failure is not None:
+                raise self._crew.failure
+            if time.monotonic() > deadline:
+                doing = "; ".join(map(str, self._crew.everyone()))
+                raise Stalled(
+                    f"no rollout worker serves for rollouts.start_timeout_seconds = {limit:g}: {doing}"
+                )
+            time.sleep(TICK)
+
+    def _abandon(self, owed: dict[Any, _Owed]) -> None:
+        """Abort what is in flight and wait until the workers have dropped it: a weight sync may follow."""
+        for ref, one in owed.items():
+            one.member.outstanding -= 1
+            ray.cancel(ref)
+        deadline = time.monotonic() + _CANCEL_SECONDS
+        while pending := {ref: one for ref, one in owed.items() if not one.member.lost}:
+            _, late = ray.wait(list(pending), num_returns=len(pending), timeout=TICK)
+            if not late:
+                break
+            if time.monotonic() > deadline:
+                for ref in late:
+                    member = owed[ref].member
+                    self._crew.lose(member, f"{member.name} does not drop its samples", silent=True)
+        owed.clear()
 
     def _tasks(self, request: RolloutRequest, step: int) -> Iterator[SampleTask]:
         prompt = request.prompt
@@ -157,24 +327,6 @@ class Pool:
                 seed=sample_seed(self.seed, step, prompt.prompt_id, index),
                 stop_token_ids=self._stop_token_ids,
             )
-
-    def _call_all(self, method: str, args: tuple[Any, ...], timeout: float) -> list[Any]:
-        """One call to every worker at once; results in the workers' order. RolloutError names the failing worker."""
-        return self._gather(self._submit_all(method, args), method, time.monotonic() + timeout)
-
-    def _submit_all(self, method: str, args: tuple[Any, ...]) -> dict[Any, str]:
-        return {getattr(one.actor, method).remote(*args): one.name for one in self._members}
-
-    def _gather(self, calls: Mapping[Any, str], method: str, deadline: float) -> list[Any]:
-        pending = list(calls)
-        results: dict[Any, Any] = {}
-        while pending:
-            ready, pending = ray.wait(pending, timeout=max(0.0, deadline - time.monotonic()))
-            if not ready:
-                late = ", ".join(calls[ref] for ref in pending)
-                raise RolloutError(f"{late} did not finish {method} before its deadline")
-            results[ready[0]] = _result(ready[0], calls[ready[0]], method)
-        return [results[ref] for ref in calls]
 
 
 def _actor_options(config: RolloutConfig) -> dict[str, Any]:
@@ -190,34 +342,3 @@ def _actor_options(config: RolloutConfig) -> dict[str, Any]:
         "max_concurrency": 2 * config.max_num_seqs + 8,
         "runtime_env": {"env_vars": environment(config)},
     }
-
-
-def _collect(ref: Any, owed: _Owed) -> Rollout:
-    return _result(ref, owed.member.name, f"prompt {owed.task.prompt_id} (index {owed.task.index})")
-
-
-def _result(ref: Any, name: str, what: str) -> Any:
-    """The value of a finished call, or RolloutError that names worker and work."""
-    try:
-        return ray.get(ref)
-    except RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, RolloutError):
-            raise cause from None
-        raise RolloutError(f"rollout worker {name} failed at {what}: {cause}") from error
-    except RayActorError as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise RolloutError(f"rollout worker {name} died; it owed {what}. {reason}") from error
-
-
-def _abandon(owed: dict[Any, _Owed]) -> None:
-    """Abort what is in flight and wait until the workers have dropped it: a weight sync may follow."""
-    for ref, one in owed.items():
-        one.member.outstanding -= 1
-        try:
-            ray.cancel(ref)
-        except RayError:
-            continue
-    if owed:
-        ray.wait(list(owed), num_returns=len(owed), timeout=_CANCEL_SECONDS)
-        owed.clear()

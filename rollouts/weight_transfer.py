@@ -174,6 +174,9 @@ class WeightSyncExtension:
     weight_transfer_engine: Any
     model_runner: Any
 
+    def beat(self) -> None:
+        """Says that vLLM's process takes calls."""
+
     def prove_served_weights(self) -> dict[str, Any]:
         """{"checksums": {name: digest}, "stale": [name]} of the last update."""
         received: ReceivedWeights = self.weight_transfer_engine.received

@@ -10,6 +10,7 @@ older weights are never read. After a failed weight update the worker refuses to
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import os
@@ -17,10 +18,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from ..engine.errors import RolloutError, WeightSyncError
+from ..engine.errors import RolloutError, WeightSyncError, WorkerLost
+from ..engine.processes import Place, die_with_parent
 from ..engine.types import FinishReason, Rollout, Sampling, TokenIds
 from .config import RolloutConfig
 from .engine_process import ACTOR_PID, EngineLog, engine_args, max_model_len
+
+_BEAT_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,9 @@ class SampleTask:
     """max_tokens bounds the whole response, forced prefix included."""
     seed: int
     stop_token_ids: TokenIds = ()
+
+    def __str__(self) -> str:
+        return f"prompt {self.prompt_id} (index {self.index})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +88,18 @@ class RolloutWorker:
         self._log = EngineLog()
         self._engine: Any = None
         self._tokenizer: Any = None
+        self._engine_dead: tuple[type[Exception], ...] = ()
+        """What vLLM raises once its process has ended."""
 
     async def start(self) -> None:
         """Load the model and warm up. Raises RolloutError with the cause that vLLM logged."""
+        die_with_parent()
         os.environ[ACTOR_PID] = str(os.getpid())
         try:
             with self._log.captured():
                 from vllm import AsyncEngineArgs
                 from vllm.v1.engine.async_llm import AsyncLLM
+                from vllm.v1.engine.exceptions import EngineDeadError
 
                 engine = AsyncLLM.from_engine_args(
                     AsyncEngineArgs(**engine_args(self._model_path, self._config, self._dtype))
@@ -100,6 +111,7 @@ class RolloutWorker:
             ) from error
         self._engine = engine
         self._tokenizer = engine.get_tokenizer()
+        self._engine_dead = (EngineDeadError,)
         self._refusal = ""
 
     async def generate(self, task: SampleTask) -> Rollout:
@@ -148,7 +160,12 @@ class RolloutWorker:
         )
 
     async def prove(self, version: int, probes: Sequence[Sequence[int]]) -> WorkerProof:
-        """Evidence of what is served; a worker at another version answers so at once, without computing the rest."""
+        """Evidence of what is served; a worker at another version answers so at once, without computing the rest.
+
+        WorkerLost after a weight update that was not finished.
+        """
+        if self._refusal:
+            raise WorkerLost(self._refusal)
         if self._version != version or self._updates == 0:
             return WorkerProof(self._name, self._version, {}, (), ())
         ranks = await self._engine.collective_rpc("prove_served_weights")
@@ -171,14 +188,17 @@ class RolloutWorker:
             await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info))
 
     async def start_weight_update(self) -> None:
-        """Begin a weight update. RolloutError while samples are in flight: they would mix two policies."""
+        """Begin a weight update. RolloutError while samples are in flight: they would mix two policies.
+
+        WorkerLost after an update that was not finished: what it left behind cannot be updated.
+        """
         if self._in_flight:
             raise RolloutError(
                 f"rollout worker {self._name} still draws {self._in_flight} samples; "
                 "drain the pool before a weight sync"
             )
         if self._refusal:
-            raise RolloutError(self._refusal)
+            raise WorkerLost(self._refusal)
         # Until the update is finished nothing is served, whatever goes wrong in between.
         self._refusal = (
             f"rollout worker {self._name} did not finish a weight update; its weights are undefined"
@@ -199,26 +219,55 @@ class RolloutWorker:
         self._updates += 1
         self._refusal = ""
 
-    async def pid(self) -> int:
-        return os.getpid()
+    async def place(self) -> Place:
+        return Place.here()
+
+    async def beat(self) -> None:
+        """Answers when both this process and vLLM's do; WorkerLost when vLLM's is dead."""
+        answer = asyncio.ensure_future(self._engine.collective_rpc("beat"))
+        try:
+            # vLLM leaves a call unanswered whose process died meanwhile.
+            while not (await asyncio.wait({answer}, timeout=_BEAT_SECONDS))[0]:
+                if self._engine.errored:
+                    raise self._dead()
+            answer.result()
+        except self._engine_dead as error:
+            raise self._dead() from error
+        finally:
+            answer.cancel()
+
+    def _dead(self) -> WorkerLost:
+        cause = self._log.cause() or "its EngineCore process was killed"
+        return WorkerLost(f"vLLM died in rollout worker {self._name}: {cause}")
 
     async def _request(self, tokens: TokenIds, params: Any) -> Any:
-        """Run one request to its end; counts it as in flight."""
-        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+        """Run one request to its end."""
+        from vllm.v1.engine.exceptions import EngineGenerateError
 
+        with self._drawing():
+            self._requests += 1
+            prompt = {
+                "prompt_token_ids": list(tokens),
+                "cache_salt": f"update {self._updates}",
+            }
+            outputs = self._engine.generate(prompt, params, str(self._requests))
+            try:
+                return [output async for output in outputs][-1]
+            except self._engine_dead as error:
+                raise self._dead() from error
+            except (EngineGenerateError, ValueError) as error:
+                raise RolloutError(
+                    f"vLLM failed in rollout worker {self._name}: {error}"
+                ) from error
+
+    @contextlib.contextmanager
+    def _drawing(self) -> Iterator[None]:
+        """Count a request as in flight; WorkerLost where the weights are not fit to draw with."""
         if self._refusal:
-            raise RolloutError(self._refusal)
-        self._requests += 1
+            raise WorkerLost(self._refusal)
         self._in_flight += 1
-        prompt = {"prompt_token_ids": list(tokens), "cache_salt": f"update {self._updates}"}
-        outputs = self._engine.generate(prompt, params, str(self._requests))
         try:
-            return [output async for output in outputs][-1]
-        except EngineDeadError as error:
-            cause = self._log.cause() or "its EngineCore process was killed"
-            raise RolloutError(f"vLLM died in rollout worker {self._name}: {cause}") from error
-        except (EngineGenerateError, ValueError) as error:
-            raise RolloutError(f"vLLM failed in rollout worker {self._name}: {error}") from error
+            yield
         finally:
             self._in_flight -= 1
 
@@ -246,5 +295,7 @@ class RolloutWorker:
         """vLLM reports failures of its worker process as plain Exception; say where, and as what."""
         try:
             yield
+        except self._engine_dead as error:
+            raise self._dead() from error
         except Exception as error:
             raise WeightSyncError(f"rollout worker {self._name}, {step}: {error}") from error

@@ -31,7 +31,8 @@ def ray_session():
 
     # Workers import the classes that tests define.
     known = os.environ.get("PYTHONPATH", "")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), known])
+    here = Path(__file__).parent
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(here), str(here / "faults"), known])
     with ray_cluster():
         yield
 

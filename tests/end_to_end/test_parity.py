@@ -61,6 +61,7 @@ def test_log_probs_agree_after_every_one_of_five_updates(
                 learners,
                 pool,
                 version=step + 1,
+                receivers=pool.receivers(),
                 checksums=learners.send_weights(step + 1),
                 probes=probes,
                 tolerance=Tolerance.for_dtype("float32"),

@@ -16,7 +16,8 @@ from plait.engine.batch import collate, select
 from plait.engine.config import LearnerConfig, LoraConfig
 from plait.engine.errors import CheckpointError
 from plait.engine.learner import LearnerWorker, Rank
-from plait.engine.learners import InProcessRank, LearnerGroup, RemoteLearner
+from plait.engine.learners import InProcessRank, LearnerGroup
+from plait.engine.ray_ranks import RemoteLearner
 from plait.engine.run_state import RunState
 from plait.engine.types import Sampling, Source, Update
 from saved_state import save_state

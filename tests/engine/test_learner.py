@@ -15,7 +15,7 @@ from plait.algorithms.chord import Chord, ChordConfig
 from plait.engine.batch import collate, select
 from plait.engine.config import LearnerConfig, LoraConfig
 from plait.engine.learner import LearnerWorker, Rank, learning_rate
-from plait.engine.learners import RemoteLearner
+from plait.engine.ray_ranks import RemoteLearner
 from plait.engine.types import Sampling, Source
 from saved_state import save_state
 

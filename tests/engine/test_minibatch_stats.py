@@ -12,21 +12,8 @@ from plait.algorithms.sft import Sft, SftConfig
 from plait.engine.batch import collate
 from plait.engine.config import LearnerConfig
 from plait.engine.learner import LearnerWorker, Rank, WeightRoute
-from plait.engine.learners import LearnerGroup
+from plait.engine.learners import InProcessRank, LearnerGroup
 from plait.engine.types import Sampling, Update
-
-
-class OneRank:
-    world_size = 1
-
-    def __init__(self, worker):
-        self.worker = worker
-
-    def call(self, method, per_rank):
-        return [getattr(self.worker, method)(*args) for args in per_rank]
-
-    def close(self):
-        self.worker.close()
 
 
 def make_learners(model, algorithm, max_tokens):
@@ -34,7 +21,7 @@ def make_learners(model, algorithm, max_tokens):
     worker = LearnerWorker(str(model), config, algorithm.losses, algorithm.needs, Rank())
     route = WeightRoute("shared_memory", "float32", 60.0)
     return LearnerGroup(
-        OneRank(worker), config, algorithm.needs, total_steps=4, seed=0, route=route
+        InProcessRank(worker), config, algorithm.needs, total_steps=4, seed=0, route=route
     )
 
 

@@ -14,8 +14,8 @@ from plait.engine.batch import collate, select
 from plait.engine.config import LearnerConfig
 from plait.engine.errors import CheckpointError, ConfigError
 from plait.engine.learner import LearnerWorker, Rank
-from plait.engine.learners import RemoteLearner
 from plait.engine.parameter_selection import frozen_half, largest_entries, low_rank
+from plait.engine.ray_ranks import RemoteLearner
 from plait.engine.types import Sampling
 from saved_state import save_state
 

@@ -164,10 +164,18 @@ class CopySampler(ModelSampler):
         self.model.load_state_dict(weights)
         self.version = version
 
-    def prove(self, version: int, probes: Sequence[Sequence[int]]) -> Sequence[WorkerProof]:
+    def prove(
+        self, version: int, probes: Sequence[Sequence[int]], receivers: Sequence[Any]
+    ) -> Sequence[WorkerProof]:
         sums = {name: checksum(weight) for name, weight in self.model.named_parameters()}
         logprobs = tuple(self._logprobs(torch.tensor(probe)) for probe in probes)
         return [WorkerProof("copy", self.version, sums, (), logprobs)]
+
+    def admit(self, version: int, receivers: Sequence[Any], sync: Any) -> None:
+        """It never dies, so nobody takes its place."""
+
+    def status(self) -> Sequence[Mapping[str, Any]]:
+        return ()
 
     @torch.no_grad()
     def _logprobs(self, probe: torch.Tensor) -> tuple[float, ...]:

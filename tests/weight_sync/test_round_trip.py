@@ -46,6 +46,7 @@ class Sync:
             self.learner,  # pyright: ignore[reportArgumentType]
             self.pool,
             version=self.version,
+            receivers=self.pool.receivers(),
             checksums=self.checksums,
             probes=PROBES,
             tolerance=EXACT,

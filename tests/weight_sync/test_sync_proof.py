@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from plait.engine.errors import WeightSyncError
+from plait.engine.errors import WeightSyncError, WorkerLost
 from plait.engine.sync_proof import SyncProof, Tolerance, prove_sync
 
 CHECKSUMS = {"a.weight": "01", "b.weight": "02"}
@@ -33,14 +33,20 @@ class Both:
     def logprobs(self, sequences: Any) -> Any:
         return LOGPROBS
 
-    def prove(self, version: int, probes: Any) -> Any:
+    def prove(self, version: int, probes: Any, receivers: Any) -> Any:
         return self.proofs
 
 
 def prove(*proofs: Proof, tolerance: Tolerance = Tolerance(1e-3, 1e-4)) -> SyncProof:  # noqa: B008
     both: Any = Both(*proofs)
     return prove_sync(
-        both, both, version=3, checksums=CHECKSUMS, probes=[(1, 2, 3), (4, 5)], tolerance=tolerance
+        both,
+        both,
+        version=3,
+        receivers=(),
+        checksums=CHECKSUMS,
+        probes=[(1, 2, 3), (4, 5)],
+        tolerance=tolerance,
     )
 
 
@@ -74,7 +80,7 @@ def test_disagreement_is_named(change: dict[str, Any], message: str) -> None:
 
 
 def test_no_worker_is_no_proof() -> None:
-    with pytest.raises(WeightSyncError, match="no rollout worker"):
+    with pytest.raises(WorkerLost, match="no rollout worker"):
         prove()
 
 
