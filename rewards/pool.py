@@ -215,24 +215,29 @@ class ProcessPool:
                 raise Cancelled
             if not job.wanted():
                 continue
-            if not sent and not process.alive:  # it ended while idle: no sample's doing
-                self._jobs.put(job)
+            if sent and job.source not in process.loaded:
+                self._jobs.put(job)  # functions are loaded when nothing else is under way
+                break
+            if not sent and not self._prepare(process, job):
                 return False
-            if job.source not in process.loaded:
-                if sent:  # functions are loaded when nothing else is under way
-                    self._jobs.put(job)
-                    break
-                try:
-                    self._load(process, job.source)
-                except ConfigError as error:
-                    job.fail(error)
-                    continue
-                except RewardError as error:
-                    if not self._retry(job):
-                        job.fail(error)
-                    return False
-            sent[process.submit(job.source, job.prompt, job.completion)] = job
+            if job.source in process.loaded:
+                sent[process.submit(job.source, job.prompt, job.completion)] = job
         process.flush()
+        return True
+
+    def _prepare(self, process: ScoringProcess, job: Job) -> bool:
+        """Load what an idle process needs for a job, or fail the job. Whether the process is good for another one."""
+        if not process.alive:  # it ended while idle: no sample's doing
+            self._jobs.put(job)
+            return False
+        try:
+            self._load(process, job.source)
+        except ConfigError as error:
+            job.fail(error)
+        except RewardError as error:
+            if not self._retry(job):
+                job.fail(error)
+            return False
         return True
 
     def _give_up(self, sent: dict[int, Job], untouched: Sequence[int], reason: str) -> None:
