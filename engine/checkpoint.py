@@ -23,12 +23,11 @@ from typing import Any
 
 from .config import CheckpointConfig
 from .contracts import Algorithm, DataSource, Learners
-from .durable import FileRecord, replace_durably, storage_errors, sync_folder, write_durably
+from .durable import DOING, FileRecord, replace_durably, storage_errors, sync_folder, write_durably
 from .errors import CheckpointError, PlaitError
 from .failpoints import reach
 from .manifest import MANIFEST, Manifest, digest, sealed, unsealed
 from .run_state import RunState
-from .state_writer import DOING
 
 STATE_FILE, LEARNER, POINTER = "state.json", "learner", "latest"
 COMPLETE = re.compile(r"step-\d{6,}")

@@ -5,6 +5,7 @@ Tensors are written as safetensors, piece by piece from the memory they are in.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK = 1 << 24
+DOING = "the checkpoint cannot be written"
 DTYPE_NAMES = {
     "torch.float64": "F64",
     "torch.float32": "F32",
@@ -85,6 +88,36 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def probe_folder(folder: Path, seconds: float) -> None:
+    """Write, flush, rename and remove a small file, as a checkpoint will; raises CheckpointError, also after `seconds`.
+
+    A thread does it: a file system that hangs must not take the caller with it.
+    """
+    problem: list[BaseException | None] = []
+
+    def try_writing() -> None:
+        path = folder / f".probe-{os.getpid()}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            replace_durably(path, "x" * 4096)
+            path.unlink()
+        except OSError as error:
+            problem.append(error)
+        else:
+            problem.append(None)
+
+    thread = Thread(target=try_writing, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    with storage_errors(folder, "checkpoints cannot be written"):
+        if not problem:
+            raise TimeoutError(
+                errno.ETIMEDOUT, f"a small file took longer than {seconds:g} s", str(folder)
+            )
+        if problem[0] is not None:
+            raise problem[0]
 
 
 def write_tensors(

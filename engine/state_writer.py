@@ -6,12 +6,11 @@ import shutil
 from pathlib import Path
 from threading import Thread
 
-from .durable import FileRecord, storage_errors, write_tensors
+from .durable import DOING, FileRecord, storage_errors, write_tensors
 from .errors import CheckpointError
 from .failpoints import reach
 from .learner_state import Snapshot
 
-DOING = "the checkpoint cannot be written"
 HEADROOM = 1.01
 """Of a snapshot's size: headers, and the small files beside it."""
 

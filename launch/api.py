@@ -33,12 +33,18 @@ def train(
     return run(load(recipe, overrides, reward), overwrite=overwrite, reward=reward)
 
 
-def resume(folder: str | Path, *, reward: RewardFn | None = None) -> dict[str, Any]:
-    """Continue the run in `folder` from its last checkpoint; a `reward` passed to `train` is passed again."""
+def resume(
+    folder: str | Path, overrides: Sequence[str] = (), *, reward: RewardFn | None = None
+) -> dict[str, Any]:
+    """Continue the run in `folder` from its last checkpoint; a `reward` passed to `train` is passed again.
+
+    Raises ConfigError where recipe, model or tokenizer have changed; what `overrides` name may change.
+    """
     from .run import load_run
     from .run import train as run
 
-    return run(load_run(Path(folder)), resume=True, reward=reward)
+    named = [override.partition("=")[0] for override in overrides]
+    return run(load_run(Path(folder), overrides), resume=True, named=named, reward=reward)
 
 
 def load(

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
@@ -58,12 +59,14 @@ def train(
     loaded = settle(load_recipe(recipe, overrides or ()))
     go_on = job_id() is not None and not overwrite if go_on is None else go_on
     resume = go_on and (loaded.folder / CONFIG_FILE).exists()
-    show_summary(run(loaded, overwrite=overwrite, resume=resume))
+    named = fields(overrides or ())
+    show_summary(run(loaded, overwrite=overwrite, resume=resume, named=named))
 
 
 @app.command()
 def resume(
     run: RunArgument,
+    overrides: Overrides = None,
     insecure: Insecure = False,
     verify: Annotated[
         bool,
@@ -73,13 +76,17 @@ def resume(
         ),
     ] = False,
 ) -> None:
-    """Continue an interrupted run from its last checkpoint."""
+    """Continue an interrupted run from its last checkpoint.
+
+    A recipe, model, tokenizer or data set that has changed since is refused; a field given here may change:
+    plait resume RUN loop.steps=200.
+    """
     from .run import load_run
     from .run import train as run_train
     from .run import verify as replay
 
     accept_insecure(insecure)
-    recipe = load_run(run)
+    recipe = load_run(run, overrides or ())
     if verify:
         found = replay(recipe)
         print("\n".join(found.lines()))
@@ -87,7 +94,7 @@ def resume(
             raise typer.Exit(1)
         if found.steps[-1] >= recipe.loop.steps:
             return  # the run is over
-    show_summary(run_train(recipe, resume=True))
+    show_summary(run_train(recipe, resume=True, named=fields(overrides or ())))
 
 
 @app.command()
@@ -400,6 +407,11 @@ def check_recipe(
 def accept_insecure(insecure: bool) -> None:
     if insecure:
         os.environ[INSECURE] = "1"
+
+
+def fields(overrides: Sequence[str]) -> list[str]:
+    """What `key.path=value` texts name."""
+    return [override.partition("=")[0] for override in overrides]
 
 
 def show_summary(summary: dict) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..algorithms import AlgorithmBase
+from ..engine.durable import probe_folder, replace_durably
 from ..engine.errors import ConfigError, HubError, Problem, Stopped
 from ..engine.stop import StopAsked, StopRequest
 from ..rollouts.config import RolloutConfig
@@ -23,8 +23,11 @@ from .check_reward import refuse_untrue
 from .cluster import DETERMINISTIC
 from .config import Recipe
 from .demonstrations import check_demonstrations, check_pairs_fit
+from .identity import identity_of, record, recorded
 from .model import check_model, resolve_model
 from .placement import Seats, reserve
+from .run_folder import CHECKPOINTS, CONFIG_FILE, SUMMARY_FILE, check_resumable, prepare_folder
+from .run_lock import lock_run
 from .scoring import check_functions, open_scorer
 from .signals import stopped_by_signals
 
@@ -33,7 +36,8 @@ if TYPE_CHECKING:
     from ..engine.replay import Replayed
     from .open_pool import OpenPool
 
-CONFIG_FILE, SUMMARY_FILE = "config.yaml", "summary.json"
+PROBE_SECONDS = 5.0
+"""What a small file may take in the checkpoint folder before a run starts."""
 NUM_PROBES = 2
 
 
@@ -82,54 +86,47 @@ def noting_silence(unchecked: list[Problem] | None) -> Iterator[None]:
         unchecked += error.problems
 
 
-def prepare_folder(recipe: Recipe, *, overwrite: bool) -> Path:
-    """Make the run folder and write the resolved recipe into it; an existing run is never touched silently."""
-    folder = recipe.folder
-    if (folder / CONFIG_FILE).exists():
-        if not overwrite:
-            raise ConfigError.at(
-                "run.name",
-                recipe.run.name,
-                f"{folder} already holds a run; continue it with --continue or `plait resume {folder}`, "
-                "choose another run.name, or replace it with --overwrite",
-            )
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_FILE).write_text(recipe.to_yaml())
-    return folder
-
-
 def train(
     recipe: Recipe,
     *,
     overwrite: bool = False,
     resume: bool = False,
+    named: Sequence[str] = (),
     workers: OpenPool | None = None,
     reward: RewardFn | None = None,
 ) -> dict[str, Any]:
     """Train a recipe to its end and return what summary.json holds.
+
+    A run that is resumed keeps to its recipe; only fields that are `named` (dotted paths) may differ from it.
 
     `workers` lends rollout workers that outlive this run; without it they start and end with it. `reward` is the
     function that the recipe's `reward.function` names, where Python code passed one.
     """
     started = time.perf_counter()
     inputs = check_inputs(recipe, reward=reward)
-    # Absolute: the learner's processes write into it too, wherever they were started.
-    folder = (recipe.folder if resume else prepare_folder(recipe, overwrite=overwrite)).resolve()
+    with lock_run(recipe.folder):
+        # Absolute: the learner's processes write into it too, wherever they were started.
+        folder = recipe.folder.resolve()
+        probe_folder(folder / CHECKPOINTS, PROBE_SECONDS)
+        if not resume:
+            prepare_folder(recipe, overwrite=overwrite)
+        identity = identity_of(recipe, resolve_model(recipe.model.path))
+        if resume:
+            check_resumable(recipe, identity, named)
+        record(folder, identity)
+        with stopped_by_signals() as stop, composed(inputs, folder, workers, stop=stop) as parts:
+            from ..engine.loop import train as run_loop
 
-    with stopped_by_signals() as stop, composed(inputs, folder, workers, stop=stop) as parts:
-        from ..engine.loop import train as run_loop
-
-        starting = time.perf_counter() - started
-        state = run_loop(recipe.loop, recipe.eval, recipe.sampling, parts)
-        with parts.log.phase("export"):
-            parts.learners.export(str(folder / "export"))
-        seconds = {"start": starting, **parts.log.seconds}
-        streams, report = parts.data.state_dict(), asdict(parts.data.report)
-    summary = summarize(recipe, state, streams, seconds, time.perf_counter() - started)
-    summary["data"] = {name: n for name, n in report.items() if name != "first_dropped"}
-    summary["data"]["admission"] = report_of(folder)
-    (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+            starting = time.perf_counter() - started
+            state = run_loop(recipe.loop, recipe.eval, recipe.sampling, parts)
+            with parts.log.phase("export"):
+                parts.learners.export(str(folder / "export"))
+            seconds = {"start": starting, **parts.log.seconds}
+            streams, report = parts.data.state_dict(), asdict(parts.data.report)
+        summary = summarize(recipe, state, streams, seconds, time.perf_counter() - started)
+        summary["data"] = {name: n for name, n in report.items() if name != "first_dropped"}
+        summary["data"]["admission"] = report_of(folder)
+        replace_durably(folder / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -178,7 +175,8 @@ def package_versions() -> dict[str, str]:
 def verify(recipe: Recipe, *, reward: RewardFn | None = None) -> Replayed:
     """Take the last steps of a run again, without rollout workers, and compare; the run stays as it is."""
     inputs = check_inputs(recipe, reward=reward)
-    with composed(inputs, recipe.folder.resolve(), sampling=False) as parts:
+    folder = recipe.folder.resolve()
+    with lock_run(folder), composed(inputs, folder, sampling=False) as parts:
         from ..engine.replay import replay
 
         return replay(recipe.loop, recipe.sampling, parts)
@@ -280,7 +278,12 @@ def compose(
         rollouts=pool or NothingSampled(),
         scorer=scorer,
         learners=learners,
-        checkpoints=Checkpoints(folder / "checkpoints", recipe.checkpoint, say=log.console.say),
+        checkpoints=Checkpoints(
+            folder / CHECKPOINTS,
+            recipe.checkpoint,
+            identity=recorded(folder),
+            say=log.console.say,
+        ),
         log=log,
         probes=probe_sequences(data, recipe.rollouts),
         tolerance=Tolerance.for_dtype(coarser(rollout_dtype(recipe), recipe.learner.dtype)),
@@ -427,7 +430,7 @@ def export(recipe: Recipe, output: Path) -> Path:
     from ..engine.checkpoint import Checkpoints
     from .cluster import ray_cluster
 
-    saved = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint).latest()
+    saved = Checkpoints(recipe.folder / CHECKPOINTS, recipe.checkpoint).latest()
     if saved is None:
         raise ConfigError.at("run", str(recipe.folder), "it has no checkpoint to export yet")
     algorithm = recipe.build_algorithm()

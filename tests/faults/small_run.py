@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,7 +85,11 @@ def start(model: Path, folder: Path, failpoint: str = "", **options: Any) -> Any
     return process
 
 
-def struck(failpoint: str, model: str, folder: Path, **options: Any) -> None:
+def struck(
+    failpoint: str, model: str, folder: Path, limit: int = resource.RLIM_INFINITY, **options: Any
+) -> None:
+    """`limit`: bytes that a file may have."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # progress bars
     if failpoint:
         os.environ[VARIABLE] = failpoint
