@@ -122,7 +122,8 @@ def run_load(
         def done(score: Score) -> None:
             with changed:
                 scored[number] = Scored(item, score, time.perf_counter() - arrived)
-                changed.notify()
+                if len(scored) == len(items):
+                    changed.notify()
 
         def fail(error: Exception) -> None:
             raise error

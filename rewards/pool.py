@@ -25,11 +25,11 @@ from .frames import RewardSource
 from .process import START_SECONDS, Cancelled, Lost, ScoringProcess
 
 _CLOSE_SECONDS = 5.0
-_AHEAD_SECONDS = 0.04
+_AHEAD_SECONDS = 0.06
 """Work that a process has before it: much more than the driver needs to notice and send more."""
 _MAX_AHEAD = 64
-_PAUSE_SECONDS = 0.01
-"""Between looks at a process that has work before it; each costs the processes some of their cores."""
+_PAUSE_SECONDS = 0.02
+"""At most, between looks at a process that has work before it; each look takes a core from the processes."""
 _SLOW_SECONDS = 0.1
 """A sample that runs for so long lets those behind it go to other processes."""
 
@@ -179,7 +179,7 @@ class ProcessPool:
                 if not self._supply(process, sent, call_seconds):
                     return
                 if len(sent) > 1:
-                    time.sleep(_PAUSE_SECONDS)
+                    time.sleep(min(_PAUSE_SECONDS, 0.5 * len(sent) * (call_seconds or 0.0)))
                 for graded in process.collect(self._config.timeout_seconds):
                     job = sent.pop(graded.id)
                     job.done(graded.score)

@@ -264,7 +264,10 @@ class _Call:
         with self._changed:
             if not self._abandoned:
                 self.scores[key] = score
-                self._changed.notify()
+                if len(self.scores) == len(
+                    self.sources
+                ):  # waking up for each would cost the processes their cores
+                    self._changed.notify()
 
     def _fail(self, error: PlaitError) -> None:
         with self._changed:
