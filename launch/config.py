@@ -29,6 +29,7 @@ from ..engine.errors import ConfigError, Problem
 from ..engine.types import Sampling
 from ..rewards.config import RewardConfig
 from ..rollouts.config import DataConfig, RolloutConfig
+from .secret_keys import secrets_in
 
 RECIPES = Path(__file__).parent / "recipes"
 Raw = dict[str, Any]
@@ -187,7 +188,9 @@ def apply_override(raw: Raw, override: str) -> None:
 
 def validate(raw: Raw) -> Recipe:
     """Types, ranges and unknown keys of all sections, then what concerns two sections."""
-    problems: list[Problem] = []
+    problems = list(secrets_in(raw))
+    if problems:
+        raise ConfigError(problems)  # other messages might repeat the values
     schema, raw = recipe_schema(raw, problems)
     try:
         recipe = schema.model_validate(raw)

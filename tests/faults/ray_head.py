@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -16,6 +17,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from plait.engine.rendezvous import free_port
 
@@ -50,6 +52,13 @@ class RayHead:
             stderr=subprocess.STDOUT,
         )
 
+    def get(self, path: str) -> Any:
+        """What the job server answers to its owner."""
+        request = urllib.request.Request(f"{self.url}{path}")
+        request.add_header("Authorization", f"Bearer {self.token}")
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
     def kill(self) -> None:
         """SIGKILL of everything that this head started."""
         for pid in processes_below(self.process.pid):
@@ -74,7 +83,7 @@ def user_environ(**more: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def ray_head(num_cpus: int = 4, **environ: str) -> Iterator[RayHead]:
+def ray_head(environ: Mapping[str, str], num_cpus: int = 4) -> Iterator[RayHead]:
     """Killed at the end, whatever happens; `ray stop` would end every cluster of this machine."""
     folder = Path(tempfile.mkdtemp(prefix="plait-ray-", dir="/tmp"))  # socket paths must be short
     gcs, dashboard, agent = free_port(), free_port(), free_port()
@@ -106,12 +115,10 @@ def ray_head(num_cpus: int = 4, **environ: str) -> Iterator[RayHead]:
 
 def wait_until_served(head: RayHead) -> None:
     deadline = time.monotonic() + START_SECONDS
-    request = urllib.request.Request(f"{head.url}/api/jobs/")
-    request.add_header("Authorization", f"Bearer {head.token}")
     while True:
         try:
-            with urllib.request.urlopen(request, timeout=5):
-                return
+            head.get("/api/jobs/")
+            return
         except (OSError, urllib.error.URLError):
             said = (head.folder / "start.log").read_text()
             assert head.process.poll() is None, said
