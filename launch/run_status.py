@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.errors import ConfigError
+from ..engine.status import STATUS_FILE
 from .run import CONFIG_FILE, SUMMARY_FILE
 
-STATUS_FILE = "status.json"
+SILENT_SECONDS = 10.0
+"""The driver writes each second."""
 
 
 def read_status(folder: Path) -> dict[str, Any]:
@@ -46,8 +48,7 @@ def describe_run(folder: Path, found: Mapping[str, Any]) -> list[str]:
     """The same in lines."""
     lines = [f"run {folder}"]
     if "status" in found:
-        lines.append(f"said {found['status_age_seconds']:.0f} s ago:")
-        lines += [f"  {key}: {value}" for key, value in found["status"].items()]
+        lines += describe_status(found["status"], found["status_age_seconds"])
     if "metrics" in found:
         shown = ("reward/mean", "time/step", "tokens/policy", "tokens/expert")
         metrics = found["metrics"]
@@ -58,4 +59,19 @@ def describe_run(folder: Path, found: Mapping[str, Any]) -> list[str]:
     if "summary" in found:
         summary = found["summary"]
         lines.append(f"ended by loop.{summary['ended_by']} after {summary['steps']} steps")
+    return lines
+
+
+def describe_status(status: Mapping[str, Any], age: float) -> list[str]:
+    """What the driver does, and a line for each worker and rank."""
+    phase = status["phase"]
+    if phase == "ended":
+        return [f"its process has ended, after {status['step']} steps"]
+    lines = [
+        f"{status['step']} steps done; {phase} for {status['phase_seconds']:g} s, waits for {status['waits_for']}"
+    ]
+    if age > SILENT_SECONDS:
+        lines[0] = f"its process has been silent for {age:.0f} s; then: {lines[0]}"
+    for row in (*status["rollout_workers"], *status["learner_ranks"]):
+        lines.append("  " + ", ".join(f"{key} {value}" for key, value in row.items()))
     return lines
