@@ -203,7 +203,10 @@ class RunLog:
             path = self.folder / name
             if path.exists():
                 lines = path.read_text().splitlines(keepends=True)
-                kept = "".join(line for line in lines if line_step(line) <= state.step)
+                # A run that begins anew evaluates the initial model anew.
+                kept = "".join(
+                    line for line in lines if line_step(line) <= state.step and state.step
+                )
                 replace_durably(path, kept)
         if self._board is not None:
             self._board.close()
