@@ -81,7 +81,7 @@ class LearnerGroup:
         self.ranks, self.config, self.needs = ranks, config, needs
         self.total_steps, self.seed, self.route = total_steps, seed, route
         self._skipped_in_a_row = 0
-        self._receivers: list[Any] = []
+        self._receivers: list[Any] | None = None
 
     def annotate(self, batch: TrainBatch, needs: frozenset[Need], *, single: bool) -> TrainBatch:
         """Fill old_logprobs, old_entropy, ref_logprobs, values and the sketch of each row where `needs` names them.
@@ -251,7 +251,7 @@ class LearnerGroup:
     def connect(self, receivers: Sequence[Any]) -> None:
         """Does nothing where it is these already."""
         if list(receivers) != self._receivers:
-            self._receivers = []
+            self._receivers = None
             self._all("connect", list(receivers), self.route)
             self._receivers = list(receivers)
 
@@ -275,7 +275,7 @@ class LearnerGroup:
         self._all("export", folder)
 
     def restart(self) -> None:
-        self._receivers = []
+        self._receivers = None
         self.ranks.restart()
 
     def status(self) -> Sequence[Mapping[str, Any]]:

@@ -20,7 +20,7 @@ from plait.engine.learners import InProcessRank, LearnerGroup
 from plait.engine.manifest import Manifest
 from plait.engine.metrics import RunLog
 from plait.engine.run_state import RunState
-from plait.engine.sync_proof import SyncProof, Tolerance
+from plait.engine.sync_proof import SyncProof, Tolerance, digest
 from plait.engine.types import Rollout
 from plait.launch.config import Recipe
 from plait.launch.console import PlainConsole
@@ -45,10 +45,6 @@ class Dice:
     version = 0
 
     def receivers(self) -> tuple[()]:
-        return ()
-
-    def prove(self, version: int, probes: Any) -> Any:
-        self.version = version
         return ()
 
 
@@ -123,10 +119,12 @@ def play(
         loop.reach = reach
 
 
-def believe(learners: Any, pool: Any, *, version: int, **_: Any) -> SyncProof:
-    """`prove_sync` for Dice, which serves no weights."""
-    pool.prove(version, ())
-    return SyncProof(version, (), 0, 0, 0.0, 0.0)
+def believe(parts: loop.Parts, state: RunState, receivers: Any) -> SyncProof:
+    """`loop.sync` for Dice, which serves no weights."""
+    parts.learners.connect(())
+    state.weights = digest(parts.learners.send_weights(state.policy_version))
+    Dice.version = state.policy_version
+    return SyncProof(state.policy_version, (), 0, 0, 0.0, 0.0)
 
 
 def strike(name: str, number: int) -> Callable[[str], None]:

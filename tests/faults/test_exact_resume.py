@@ -136,7 +136,7 @@ def test_resumed_anywhere_scripted_samples_end_in_the_same_bits(
     name, tiny_model, folder, monkeypatch
 ):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(loop, "prove_sync", believe)
+    monkeypatch.setattr(loop, "sync", believe)
     check(name, Dice(), tiny_model, folder / "scripted")
 
 
