@@ -27,7 +27,8 @@ test: $(STAMP) ## Run every test; those that need a GPU skip with a reason.
 
 faults: $(STAMP) ## Run the whole catalogue of faults, the long ones too, and write docs/reliability.md.
 	rm -rf build/faults && mkdir -p build/faults
-	PLAIT_FAULTS_REPORT=build/faults $(BIN)/python -m pytest tests/faults tests/rewards tests/data -m "long or not long"
+	PLAIT_FAULTS_REPORT=build/faults $(BIN)/python -m pytest tests/faults tests/rewards tests/data \
+		tests/model/test_remote_code.py tests/algorithms/test_bad_traces.py -m "long or not long"
 	$(BIN)/python tests/faults/write_table.py build/faults docs/reliability.md
 
 lint: $(STAMP) ## Format, lint, layers and types.

@@ -82,10 +82,35 @@ def check_model(path: str) -> None:
     if path and folder.is_dir():
         if not (folder / "config.json").is_file():
             raise _no_model(path, "the folder holds no config.json; give a Hugging Face checkpoint")
+        _check_code(path, folder)
         return
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", path):
         raise _no_model(path, "no such folder")
     _check_hub(path)
+
+
+def _check_code(path: str, folder: Path) -> None:
+    """Code beside the weights never runs: transformers must know the architecture and the tokenizer by itself."""
+    for name, key in (("config.json", "model_type"), ("tokenizer_config.json", "tokenizer_class")):
+        file = folder / name
+        try:
+            content = json.loads(file.read_text()) if file.is_file() else {}
+        except ValueError as error:
+            raise _no_model(path, f"{file} is not JSON: {error}") from error
+        if "auto_map" in content and not _is_known(key, str(content.get(key))):
+            raise _no_model(
+                path,
+                f"{name} asks for code of the model's own folder (auto_map), which plait never runs, and transformers "
+                f"knows no {key} = {content.get(key)!r}; use a model whose architecture transformers implements",
+            )
+
+
+def _is_known(key: str, value: str) -> bool:
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    known = CONFIG_MAPPING_NAMES if key == "model_type" else dir(transformers)
+    return value in known
 
 
 def cache_folder() -> Path:

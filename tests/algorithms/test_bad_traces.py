@@ -55,7 +55,7 @@ def check_rows(name: str, updates: list[Update]) -> list[int]:
 
 
 @pytest.mark.parametrize("name", EXPERTS)
-def test_longer_than_the_limit(name):
+def test_longer_than_the_limit(name, measured):
     updates = step_with(name, trace(40))
     for sample in (s for u in updates for s in u.samples):
         expert = sample.token_ids[sample.source == Source.EXPERT]
@@ -65,6 +65,7 @@ def test_longer_than_the_limit(name):
     assert max(trained, default=0) <= LIMIT
     if name in WHOLE:
         assert LIMIT in trained
+    measured("F26", f"trained tokens on prompts 0, beyond the limit 0, in {len(EXPERTS)} methods")
 
 
 @pytest.mark.parametrize("name", EXPERTS)
@@ -86,7 +87,7 @@ def test_an_empty_one_is_named(name):
 
 @pytest.mark.parametrize("name", ["sft", "sasr", "super_rl", "hpt"])
 @pytest.mark.parametrize("size", [7, 40], ids=["all", "within the limit"])
-def test_without_a_weight_within_the_limit_nothing_trains_and_it_is_counted(name, size):
+def test_without_a_weight_within_the_limit_nothing_trains_and_it_is_counted(name, size, measured):
     weights = [0.0] * min(size, LIMIT) + [1.0] * max(size - LIMIT, 0)
     updates = step_with(name, trace(size, weights=weights))
     for update in updates:
@@ -96,6 +97,7 @@ def test_without_a_weight_within_the_limit_nothing_trains_and_it_is_counted(name
     assert metrics["rows/trained"] == 0
     assert metrics["rows/untrained"] == sum(len(update.samples) for update in updates) > 0
     assert metrics["updates/untrained"] == len(updates)
+    measured("F26", "fully masked rows counted, optimizer steps 0")
 
 
 @pytest.mark.parametrize("size", [7, 40])

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_every_hostile_row_is_counted_by_its_reason(tmp_path: Path, tokenizer: Any) -> None:
+def test_every_hostile_row_is_counted_by_its_reason(
+    tmp_path: Path, tokenizer: Any, measured: Callable[[str, str], None]
+) -> None:
     good = [{**GOOD, "prompt": f"{i}+2?"} for i in range(20)]
     hostile = [row for row, _ in HOSTILE]
     path = write(tmp_path, [x for pair in zip(good, hostile, strict=False) for x in pair] + hostile[20:])  # fmt: skip
@@ -93,6 +96,7 @@ def test_every_hostile_row_is_counted_by_its_reason(tmp_path: Path, tokenizer: A
     assert len(drawn) == 18
     load(config, tokenizer, num_eval=3, quarantine=quarantine)
     assert read_lines(quarantine) == written, "a resumed run repeats nothing"
+    measured("F25", f"rows accounted for {report.rows}/{report.rows}, steps crashed 0")
 
 
 def test_strict_is_the_default(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A data set's folder is data: no code of it runs, nothing outside of it is read (fault F30)."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,9 @@ def test_links_that_stay_inside_are_data(home: Path) -> None:
     "listed",
     ["../secret.jsonl", "data/../../secret.jsonl", "{outside}", "https://example.org/x.jsonl"],
 )
-def test_a_card_that_lists_other_files_is_refused(home: Path, listed: str) -> None:
+def test_a_card_that_lists_other_files_is_refused(
+    home: Path, listed: str, measured: Callable[[str, str], None]
+) -> None:
     write(home / "train.jsonl", ROW)
     listed = listed.replace("{outside}", str(home.parent / "secret.jsonl"))
     (home / "README.md").write_text(
@@ -65,6 +68,7 @@ def test_a_card_that_lists_other_files_is_refused(home: Path, listed: str) -> No
     )
     with pytest.raises(DataError, match=r"README\.md: names .* not inside the data set's folder"):
         read(home)
+    measured("F30", "data sets: paths escaped 0/4")
 
 
 def test_a_card_that_lists_its_own_files_is_read(home: Path) -> None:
@@ -102,7 +106,9 @@ def test_splits_are_folders_of_the_set(home: Path) -> None:
 
 
 @pytest.mark.parametrize("with_rows", [True, False])
-def test_no_code_of_a_data_set_runs(home: Path, with_rows: bool) -> None:
+def test_no_code_of_a_data_set_runs(
+    home: Path, with_rows: bool, measured: Callable[[str, str], None]
+) -> None:
     """A script by the folder's name, which old versions of `datasets` ran."""
     canary = home.parent / "canary"
     (home / "set.py").write_text(f"open({str(canary)!r}, 'w').close()\n")
@@ -111,6 +117,7 @@ def test_no_code_of_a_data_set_runs(home: Path, with_rows: bool) -> None:
     with pytest.raises(DataError, match="datasets cannot load it"):
         read(home)
     assert not canary.exists()
+    measured("F30", "data sets: code run 0")
 
 
 def test_a_script_is_no_data_file(home: Path) -> None:

@@ -16,13 +16,17 @@ SUBMIT = ("ray", "job", "submit", "--working-dir", ".")
 GRACE = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}})
 
 
-def make_job_folder(folder: Path, model: Path, steps: int, **sections) -> Path:
+def make_job_folder(
+    folder: Path, model: Path, steps: int, *, reward_seconds: float = 0.0, **sections
+) -> Path:
+    """A step has six samples and two scoring processes, so it lasts for three times `reward_seconds` or longer."""
     folder.mkdir()
     sums = [(f"{i} + {j} =", str(i + j)) for i in range(6) for j in range(5)]
     rows = [{"prompt": q, "answer": a, "demonstration": a} for q, a in sums]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "my_rewards.py").write_text(
-        "def parity(prompt, completion):\n    return float(len(completion) % 2)\n"
+        "import time\n\n\ndef parity(prompt, completion):\n"
+        f"    time.sleep({reward_seconds})\n    return float(len(completion) % 2)\n"
     )
     recipe = tiny_recipe(
         model,

@@ -95,22 +95,23 @@ def test_f5_f19_started_twice_stopped_killed_submitted_again(
 ):
     """One run folder through four jobs, each step trained once, and the bits of a run that nobody disturbed."""
     whole = ("plait", "train", "recipe.yaml", "run.deterministic=true", "checkpoint.every=2")
-    folder = make_job_folder(tmp_path / "again", tiny_model, steps=6)
+    folder = make_job_folder(tmp_path / "again", tiny_model, steps=6, reward_seconds=0.6)
     runs = home / "runs"
     assert ended(head, start(head, folder, *whole, "run.name=calm"))[0] == "SUCCEEDED"
 
     disturbed = (*whole, "run.name=disturbed")
     run = runs / "disturbed"
     first = start(head, folder, *disturbed)
+    wait_for((run / "config.yaml").exists, 60, lambda: str(details(head, first)))
+    status, code, log = ended(head, start(head, folder, *disturbed))
+    assert (status, code) == ("FAILED", RunInUse.exit_code), log
     wait_for(lambda: trained_steps(run), 200, lambda: str(details(head, first)))
-    second = start(head, folder, *disturbed)
     asked = time.monotonic()
     assert head.run("ray", "job", "stop", first, cwd=folder).returncode == 0
     assert ended(head, first)[0] == "STOPPED"
     took = time.monotonic() - asked
     checkpointed = max(int(path.name[-6:]) for path in (run / "checkpoints").glob("step-*"))
     assert checkpointed == len(trained_steps(run)) > 0
-    assert ended(head, second)[1] in (RunInUse.exit_code, 0)
     measured("F19", f"`ray job stop`: checkpoint and end in {took:.1f} s, steps lost 0")
 
     steps = len(trained_steps(run))
@@ -150,7 +151,9 @@ def workers_of(head: RayHead) -> list[str]:
 
 @pytest.mark.long
 def test_f8_a_new_head_goes_on_where_the_old_one_died(home, tmp_path, tiny_model, measured):
-    folder = make_job_folder(tmp_path / "heads", tiny_model, steps=5, checkpoint={"every": 2})
+    folder = make_job_folder(
+        tmp_path / "heads", tiny_model, steps=5, reward_seconds=0.5, checkpoint={"every": 2}
+    )
     command = (*TRAIN, "run.name=heads")
     run = home / "runs" / "heads"
     with ray_head({"PLAIT_HOME": str(home)}) as old:

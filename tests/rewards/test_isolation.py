@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -15,6 +15,12 @@ from plait.rewards.scorer import ProcessScorer
 from .conftest import score_texts
 
 TIMEOUT = 1.0
+ROWS = {
+    "F21": ("loop", "regex", "sleep", "big_power", "stop"),
+    "F22": ("alloc", "fork_bomb", "segfault", "sys_exit", "os_exit", "rude", "close_pipes"),
+    "F24": ("none", "nan", "inf", "str", "list", "score_nan", "score_none", "part_nan"),
+}
+"""Of the catalogue of faults."""
 
 
 def is_running(pid: int) -> bool:
@@ -75,7 +81,7 @@ def scorer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessScorer]:
     ],
 )
 def test_only_the_hostile_sample_is_unknown(
-    scorer: ProcessScorer, action: str, reason: str
+    scorer: ProcessScorer, action: str, reason: str, measured: Callable[[str, str], None]
 ) -> None:
     started = time.monotonic()
     scores = score_texts(scorer, ["fine", action, "fine", "fine", "fine"])
@@ -84,6 +90,8 @@ def test_only_the_hostile_sample_is_unknown(
     assert scores[1].reward is None
     assert reason in scores[1].reason
     assert [score.reward for i, score in enumerate(scores) if i != 1] == [1.0] * 4
+    for row in (row for row, actions in ROWS.items() if action in actions):
+        measured(row, f"{len(ROWS[row])} of {len(ROWS[row])} kinds cost their own sample alone")
 
 
 @pytest.mark.parametrize(

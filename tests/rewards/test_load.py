@@ -1,6 +1,7 @@
 """512 math answers of which 1 % are hostile: every healthy one is scored, none waits, the pool is whole afterwards."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -16,7 +17,9 @@ def scoring_processes() -> set[int]:
     return {p.pid for p in own if "plait.rewards.worker" in " ".join(p.cmdline())}
 
 
-def test_512_answers_with_hostile_ones(tmp_path: Path) -> None:
+def test_512_answers_with_hostile_ones(
+    tmp_path: Path, measured: Callable[[str, str], None]
+) -> None:
     items = math_items(512)
     pool, source = open_pool(tmp_path, WORKERS, timeout_seconds=2.0)
     try:
@@ -42,6 +45,9 @@ def test_512_answers_with_hostile_ones(tmp_path: Path) -> None:
         after = scoring_processes()
         assert len(after) == WORKERS
         assert after != before
+        ratio = p99(hostile) / p99(clean)
+        measured("F21", f"pool {len(before)} before, {len(after)} after; healthy p99 {ratio:.2f}x")
+        measured("F22", "survivors 100 % of 512 answers, 1 % of them hostile")
     finally:
         pool.close()
     assert not scoring_processes()

@@ -1,6 +1,7 @@
 """Reward `math`: agreement with math-verify, the extraction rule, and never a silent zero."""
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import math_verify
@@ -104,17 +105,19 @@ def grade_pair(pair: tuple[str, str]) -> float | None:
     return grade_math(make_prompt(answer=pair[0]), pair[1]).reward
 
 
-def test_200_answers_off_the_main_thread() -> None:
+def test_200_answers_off_the_main_thread(measured: Callable[[str, str], None]) -> None:
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(grade_pair, ANSWERS)) == [1.0] * 200
+    measured("F23", "off the main thread: silent zeros 0/200, agreement 200/200")
 
 
-def test_200_answers_in_asyncio() -> None:
+def test_200_answers_in_asyncio(measured: Callable[[str, str], None]) -> None:
     async def grade_all() -> list[float | None]:
         off = await asyncio.gather(*(asyncio.to_thread(grade_pair, p) for p in ANSWERS[:100]))
         return [*off, *map(grade_pair, ANSWERS[100:])]
 
     assert asyncio.run(grade_all()) == [1.0] * 200
+    measured("F23", "in asyncio: silent zeros 0/200")
 
 
 def test_through_the_scorer(make_scorer: MakeScorer) -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,7 +116,7 @@ def test_an_error_of_the_iterator_passes_and_the_scorer_goes_on(make_scorer: Mak
 
 
 def test_unknown_budget_stops_the_run_and_keeps_the_inputs(
-    make_scorer: MakeScorer, tmp_path: Path
+    make_scorer: MakeScorer, tmp_path: Path, measured: Callable[[str, str], None]
 ) -> None:
     unknown_path = tmp_path / "unknown.jsonl"
     scorer = make_scorer(
@@ -138,6 +138,7 @@ def test_unknown_budget_stops_the_run_and_keeps_the_inputs(
         "reward": "user_rewards:reward",
         "reason": "returned None",
     } in records
+    measured("F24", "3 of 10 UNKNOWN over a budget of 20 %: the run stops, inputs kept 3/3")
 
 
 def test_rounds_of_a_step_share_their_budget_of_unknown_scores(make_scorer: MakeScorer) -> None:
