@@ -107,10 +107,8 @@ def _check_code(path: str, folder: Path) -> None:
 
 def _is_known(key: str, value: str) -> bool:
     import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    known = CONFIG_MAPPING_NAMES if key == "model_type" else dir(transformers)
-    return value in known
+    return value in (transformers.CONFIG_MAPPING if key == "model_type" else dir(transformers))
 
 
 def cache_folder() -> Path:
