@@ -260,7 +260,10 @@ def load_model(path: str, config: LearnerConfig) -> nn.Module:
     """The causal LM at `path`, in the learner's dtype, dropout off, with the recipe's adapters or frozen parameters."""
     attention = attention_implementation(config)
     model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=DTYPES[config.dtype], attn_implementation=attention
+        path,
+        dtype=DTYPES[config.dtype],
+        attn_implementation=attention,
+        use_safetensors=True,  # the other format is a pickle
     )
     for module in model.modules():
         if isinstance(module, nn.Dropout):

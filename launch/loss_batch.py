@@ -180,7 +180,7 @@ def make_sampler(model_path: str, recipe: Recipe, data: Any) -> Any:
     from ..rollouts.in_process import ModelSampler
 
     model = AutoModelForCausalLM.from_pretrained(
-        model_path, dtype=torch.float32, attn_implementation="eager"
+        model_path, dtype=torch.float32, attn_implementation="eager", use_safetensors=True
     )
     tokenizer = AutoTokenizer.from_pretrained(model_path)
 

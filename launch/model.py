@@ -83,6 +83,12 @@ def check_model(path: str) -> None:
         if not (folder / "config.json").is_file():
             raise _no_model(path, "the folder holds no config.json; give a Hugging Face checkpoint")
         _check_code(path, folder)
+        if not any(folder.glob("*.safetensors")):
+            raise _no_model(
+                path,
+                "the folder holds no *.safetensors; pickled weights are not read: convert them with "
+                "save_pretrained(FOLDER, safe_serialization=True)",
+            )
         return
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", path):
         raise _no_model(path, "no such folder")

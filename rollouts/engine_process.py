@@ -53,6 +53,7 @@ def engine_args(model_path: str, config: RolloutConfig, dtype: str) -> dict[str,
     args: dict[str, Any] = {
         "model": model_path,
         "dtype": dtype,
+        "load_format": "safetensors",  # the other format is a pickle
         "max_model_len": max_model_len(config),
         "max_num_seqs": config.max_num_seqs,
         "enforce_eager": config.enforce_eager,

@@ -45,7 +45,7 @@ def recipe(name: str) -> dict:
         "learner": {"dtype": "bfloat16", "zero_stage": 1, "learning_rate": 1e-5},
         "loop": {"steps": STEPS, "prompts_per_step": 2},
         "eval": {"num_prompts": 0},
-        "checkpoint": {"every": CHECKPOINT_EVERY, "keep": 1},
+        "checkpoint": {"every": CHECKPOINT_EVERY, "keep": 2},
     }
 
 

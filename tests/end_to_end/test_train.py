@@ -28,7 +28,7 @@ from end_to_end.command_line import (
 def chord_run(work_folder, tiny_model):
     """One CHORD run of three steps on one rank."""
     recipe = tiny_recipe(
-        tiny_model, reward=no_verifier("parity:grade"), checkpoint={"every": 2, "keep": 1}
+        tiny_model, reward=no_verifier("parity:grade"), checkpoint={"every": 2, "keep": 2}
     )
     output = plait(work_folder, "train", write_recipe(work_folder, "chord.yaml", recipe))
     return work_folder / "runs" / "chord", output.stdout
