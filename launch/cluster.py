@@ -135,7 +135,7 @@ def refuse_exposed(dashboard: str | None) -> None:
         raise ClusterError(
             f"the Ray cluster at {', '.join(reachable)} asks nobody for a token: whoever reaches its ports can run "
             "code on it. Make a token (`ray get-auth-token --generate`), give every node the same, and start Ray with "
-            "RAY_AUTH_MODE=token; or accept it with --insecure"
+            f"RAY_AUTH_MODE=token; or accept it with --insecure or {INSECURE}=1"
         )
 
 

@@ -170,7 +170,11 @@ def judge(recipe: Recipe, probes: Sequence[Any], folder: Path, word: str) -> Ite
     broken = ["; ".join(f"{k}: {v}" for k, v in r.failed_imports.items()) for r in reports]
     yield Check("imports", ", ".join(IMPORTS), faults(broken))
     written = len(list(folder.glob(f"{word}-*")))
-    unseen = "" if written >= len(reports) else f"{len(reports) - written} nodes write elsewhere"
+    unseen = (
+        ""
+        if written >= len(reports)
+        else f"{len(reports) - written} of {len(reports)} nodes write elsewhere"
+    )
     shared = faults([r.folder_problem for r in reports]) or unseen
     remedy = "; run.dir must be a folder that all nodes share" if shared else ""
     yield Check("folder", str(folder), shared + remedy)

@@ -80,7 +80,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
         self.send_response(200 if self.path == "/open" else 401)
         self.end_headers()
 
-    def log_message(self, *args) -> None:
+    def log_message(self, format: str, *args) -> None:
         pass
 
 
