@@ -1,8 +1,9 @@
 """Named points where a test can make a process end, stop or fail; without the environment variable they do nothing.
 
 PLAIT_FAILPOINT=ACTION:NAME[:N] strikes when NAME is reached for the N-th time in a process (the first by default):
-`kill` (SIGKILL), `stop` (SIGSTOP), `term` (SIGTERM), `interrupt` (SIGINT), `raise` (RuntimeError) or `full`
-(OSError: no space left on device).
+`kill` (SIGKILL), `stop` (SIGSTOP), `term` (SIGTERM), `interrupt` (SIGINT), `sleep` (an hour), `raise` (RuntimeError)
+or `full` (OSError: no space left on device). Where PLAIT_FAILPOINT_ONCE names a file, only one of many processes
+strikes: the one that renames it to FILE.struck.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import time
 from collections import Counter
 
 VARIABLE = "PLAIT_FAILPOINT"
+ONCE = "PLAIT_FAILPOINT_ONCE"
 
 _reached = Counter[str]()
 
@@ -27,8 +30,19 @@ def reach(name: str) -> None:
     if place != name:
         return
     _reached[name] += 1
-    if _reached[name] == int(number or 1):
+    if _reached[name] == int(number or 1) and is_first():
         strike(action, name)
+
+
+def is_first() -> bool:
+    once = os.environ.get(ONCE)
+    if once is None:
+        return True
+    try:
+        os.rename(once, f"{once}.struck")
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def strike(action: str, name: str) -> None:
@@ -41,11 +55,13 @@ def strike(action: str, name: str) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         case "interrupt":
             os.kill(os.getpid(), signal.SIGINT)
+        case "sleep":
+            time.sleep(3600)
         case "raise":
             raise RuntimeError(f"{VARIABLE}: {name} was reached")
         case "full":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
         case _:
             raise ValueError(
-                f"{VARIABLE}: {action!r} is not kill, stop, term, interrupt, raise or full"
+                f"{VARIABLE}: {action!r} is not kill, stop, term, interrupt, sleep, raise or full"
             )

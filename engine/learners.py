@@ -259,7 +259,7 @@ class LearnerGroup:
         return self._all("send_weights", version)[0]
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> Sequence[Sequence[float]]:
-        return self._all("logprobs", sequences)[0]
+        return self._all("logprobs", sequences)[0] if sequences else []
 
     def save(self, folder: str) -> None:
         self._all("save", folder)

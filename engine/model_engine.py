@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .config import LearnerConfig
 from .errors import LearnerError
+from .failpoints import reach
 from .optimizer_states import MAIN, OptimizerStates
 from .parameter_selection import UpdateMask
 
@@ -71,6 +72,7 @@ class ModelEngine:
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of one micro-batch, summed over ranks; `last`: none follows before the optimizer step."""
+        reach("learner.backward")
         self.deepspeed.set_gradient_accumulation_boundary(last)
         # DeepSpeed averages over ranks, but denominators already count all of them.
         scaled = loss * torch.distributed.get_world_size()

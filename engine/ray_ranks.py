@@ -171,7 +171,6 @@ class RayRanks:
             "num_cpus": 0,
             "num_gpus": gpu_share if config.device == "cuda" else 0,
             "runtime_env": {"env_vars": {**env, "OMP_NUM_THREADS": str(config.num_cpus)}},
-            "concurrency_groups": {_WATCH: 1},
         }
         self._learner = (
             (model_path, config, losses, needs),
@@ -239,7 +238,8 @@ class RayRanks:
         import ray
 
         seat = self._seats[rank] if self._seats else {}
-        actor = ray.remote(RemoteLearner).options(**self._options, **seat).remote()
+        remote: Any = ray.remote(concurrency_groups={_WATCH: 1})
+        actor = remote(RemoteLearner).options(**self._options, **seat).remote()
         return _Process(actor, actor.place.remote(), actor.warm.remote() if warm else None)
 
     def _begin(self) -> None:
@@ -296,6 +296,12 @@ class RayRanks:
         from ray.exceptions import RayActorError, RayTaskError
 
         cause = error.cause or error
+        if is_out_of_memory(cause):
+            return LearnerError(
+                f"learner rank {rank} ran out of memory in {method}: {str(cause).splitlines()[0]}. Lower "
+                "learner.max_tokens_per_micro_batch or learner.logit_chunk_tokens, or set gradient_checkpointing, "
+                "offload_optimizer or a higher zero_stage of the learner"
+            )
         if isinstance(cause, PlaitError) or self.world_size == 1:
             return cause
         beats = {
@@ -363,6 +369,12 @@ class RayRanks:
             f"{self._config.timeout_seconds:g} ({told})",
             stuck=True,
         )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of the host (Python's MemoryError, torch's allocator) or of a GPU."""
+    words = ("can't allocate memory", "out of memory", "Cannot allocate memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def is_ready(ref: Any) -> bool:

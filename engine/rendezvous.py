@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch.distributed as dist
 from torch.distributed import HashStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
+from .errors import LearnerError
+
 if TYPE_CHECKING:
     from .learner import Rank
 
@@ -33,15 +35,24 @@ def make_store(rank: Rank, timeout: timedelta) -> Any:
     if rank.world_size == 1:
         return HashStore()
     leads = rank.index == 0
-    listener = socket.create_server((rank.address, rank.port)).detach() if leads else None
     return TCPStore(
         rank.address,
         rank.port,
         rank.world_size,
         is_master=leads,
         timeout=timeout,
-        master_listen_fd=listener,
+        master_listen_fd=listen(rank) if leads else None,
     )
+
+
+def listen(rank: Rank) -> int:
+    try:
+        return socket.create_server((rank.address, rank.port)).detach()
+    except OSError as error:
+        raise LearnerError(
+            f"learner rank {rank.index} cannot listen on {rank.address}:{rank.port}: {error.strerror}. Somebody took "
+            "the port since it was found free; start the run again"
+        ) from error
 
 
 def free_port(address: str = "127.0.0.1") -> int:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 
 from .errors import WeightSyncError, WorkerLost
+from .failpoints import reach
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,10 +109,12 @@ class SharedMemorySender:
             for _ in weights():  # gathering is collective: this rank only takes part
                 pass
             return {}
+        reach("learner.sends")
         info = self._write(weights())
         deadline = time.monotonic() + self._timeout
         living = call_living(self._receivers, "start_weight_update", [], deadline)
         living = call_living(living, "update_weights", [info], deadline)
+        reach("learner.sent")
         call_living(living, "finish_weight_update", [str(version)], deadline)
         return dict(zip(info["names"], info["checksums"], strict=True))
 

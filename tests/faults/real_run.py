@@ -1,0 +1,107 @@
+"""A run as a person starts it, its processes by role, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from end_to_end.command_line import plait_command, read_lines, write_recipe
+from plait.engine import guard
+from plait.engine.processes import is_alive
+
+MARK = "PLAIT_TEST_MARK"
+ROLES = {
+    "rollout worker": b"ray::RolloutWorker",
+    "vLLM engine": b"VLLM::EngineCore",
+    "learner rank": b"ray::RemoteLearner",
+}
+SCORING = "scoring process"
+
+
+class RealRun:
+    """`plait train` in a folder of its own; temporary files of all its processes go to `folder`/tmp."""
+
+    def __init__(self, folder: Path, recipe: dict[str, Any], env: Mapping[str, str] | None = None):
+        self.folder, self.mark = folder, secrets.token_hex(8)
+        self.tmp = folder / "tmp"
+        self.tmp.mkdir(parents=True)
+        rows = [
+            {"prompt": f"{i} + {j} =", "answer": str(i + j), "demonstration": str(i + j)}
+            for i in range(8)
+            for j in range(8)
+        ]
+        (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "parity.py").write_text(
+            "from plait.engine.types import Score\n\n"
+            "def grade(prompt, completion):\n"
+            "    return Score.ok(len(completion) % 2, answer=completion)\n"
+        )
+        write_recipe(
+            folder, "recipe.yaml", {**recipe, "run": {**recipe.get("run", {}), "name": "r"}}
+        )
+        self.run = folder / "runs" / "r"
+        self.shared_memory = set(os.listdir("/dev/shm"))
+        self.output = (folder / "output.txt").open("w")
+        self.driver = subprocess.Popen(
+            plait_command("train", "recipe.yaml"),
+            cwd=folder,
+            env={**os.environ, MARK: self.mark, "TMPDIR": str(self.tmp), **(env or {})},
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+        )
+
+    @property
+    def said(self) -> str:
+        return (self.folder / "output.txt").read_text()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Finished steps; the last line may be torn."""
+        path = self.run / "metrics.jsonl"
+        if not path.exists():
+            return []
+        lines = path.read_text().split("\n")[:-1]
+        return [row for row in map(json.loads, lines) if "time/step" in row]
+
+    def weights(self) -> dict[int, str]:
+        """Digest after each step."""
+        return {row["step"]: row["weights"] for row in read_lines(self.run / "steps.jsonl")}
+
+    def processes(self) -> list[int]:
+        """All that the run has started and that live, the driver itself included."""
+        return [pid for pid in guard.marked(self.mark, MARK) if is_alive(pid)]
+
+    def of_role(self, role: str) -> list[int]:
+        found = []
+        for pid in self.processes():
+            try:
+                command = Path(f"/proc/{pid}/cmdline").read_bytes()
+                scores = f"{guard.SCORING}=".encode() in Path(f"/proc/{pid}/environ").read_bytes()
+            except OSError:
+                continue  # it has ended meanwhile
+            if scores if role == SCORING else command.startswith(ROLES[role]):
+                found.append(pid)
+        return found
+
+    def wait_for_step(self, step: int, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not any(row["step"] >= step for row in self.rows()):
+            assert self.driver.poll() is None, self.said
+            assert time.monotonic() < deadline, f"no step {step} within {seconds} s: {self.said}"
+            time.sleep(0.1)
+
+    def leftovers(self, seconds: float) -> tuple[list[str], float]:
+        """What is there after `seconds` of what the run has made, and when it was gone."""
+        started = time.monotonic()
+        while True:
+            found = [*map(str, self.processes()), *os.listdir(self.tmp)]
+            found += set(os.listdir("/dev/shm")) - self.shared_memory
+            took = time.monotonic() - started
+            if not found or took > seconds:
+                return found, took
+            time.sleep(0.1)
