@@ -13,7 +13,16 @@ from pathlib import Path
 import psutil
 import pytest
 from intruder import accepted_calls, listeners_of
-from job_folder import SUBMIT, details, ended, make_job_folder, start, trained_steps, wait_for
+from job_folder import (
+    SUBMIT,
+    details,
+    ended,
+    log_of,
+    make_job_folder,
+    start,
+    trained_steps,
+    wait_for,
+)
 from ray_head import ROOT, RayHead, processes_below, ray_head
 
 from plait.engine.errors import RunInUse, Stopped
@@ -41,7 +50,7 @@ def test_a_job_from_a_users_folder(head: RayHead, home, tmp_path, tiny_model, me
     folder = make_job_folder(tmp_path / "mine", tiny_model, steps=3)
     run = home / "runs" / "recipe"
     job = start(head, folder, *TRAIN)
-    wait_for(lambda: trained_steps(run), 200, lambda: str(details(head, job)))
+    wait_for(lambda: trained_steps(run), 200, lambda: log_of(head, job))
     commands = [*command_lines(), json.dumps(head.get("/api/jobs/"))]
 
     pids = processes_below(head.process.pid)
@@ -97,15 +106,16 @@ def test_f5_f19_started_twice_stopped_killed_submitted_again(
     whole = ("plait", "train", "recipe.yaml", "run.deterministic=true", "checkpoint.every=2")
     folder = make_job_folder(tmp_path / "again", tiny_model, steps=6, reward_seconds=0.6)
     runs = home / "runs"
-    assert ended(head, start(head, folder, *whole, "run.name=calm"))[0] == "SUCCEEDED"
+    status, code, log = ended(head, start(head, folder, *whole, "run.name=calm"))
+    assert (status, code) == ("SUCCEEDED", 0), log
 
     disturbed = (*whole, "run.name=disturbed")
     run = runs / "disturbed"
     first = start(head, folder, *disturbed)
-    wait_for((run / "config.yaml").exists, 60, lambda: str(details(head, first)))
+    wait_for((run / "config.yaml").exists, 60, lambda: log_of(head, first))
     status, code, log = ended(head, start(head, folder, *disturbed))
     assert (status, code) == ("FAILED", RunInUse.exit_code), log
-    wait_for(lambda: trained_steps(run), 200, lambda: str(details(head, first)))
+    wait_for(lambda: trained_steps(run), 200, lambda: log_of(head, first))
     asked = time.monotonic()
     assert head.run("ray", "job", "stop", first, cwd=folder).returncode == 0
     assert ended(head, first)[0] == "STOPPED"
@@ -116,7 +126,7 @@ def test_f5_f19_started_twice_stopped_killed_submitted_again(
 
     steps = len(trained_steps(run))
     third = start(head, folder, *disturbed)
-    wait_for(lambda: len(trained_steps(run)) > steps, 200, lambda: str(details(head, third)))
+    wait_for(lambda: len(trained_steps(run)) > steps, 200, lambda: log_of(head, third))
     driver = int(details(head, third)["driver_info"]["pid"])
     below = processes_below(driver)
     os.kill(driver, signal.SIGKILL)
@@ -157,8 +167,9 @@ def test_f8_a_new_head_goes_on_where_the_old_one_died(home, tmp_path, tiny_model
     command = (*TRAIN, "run.name=heads")
     run = home / "runs" / "heads"
     with ray_head({"PLAIT_HOME": str(home)}) as old:
-        start(old, folder, *command)
-        wait_for((run / "checkpoints" / "latest").exists, 200)
+        job = start(old, folder, *command)
+        latest = run / "checkpoints" / "latest"
+        wait_for(latest.exists, 200, lambda: log_of(old, job))
         old.kill()
     before = trained_steps(run)
     died = time.monotonic()
@@ -183,7 +194,7 @@ def test_a_checkout_of_plait_runs_the_submitted_code(head: RayHead, home, tmp_pa
         if (ROOT / name).exists() and not name.startswith("tests/"):
             (checkout / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, checkout / name, follow_symlinks=False)
-    change(checkout / "launch" / "run.py", '"summary.json"', '"summary-of-checkout.json"')
+    change(checkout / "launch" / "run_folder.py", '"summary.json"', '"summary-of-checkout.json"')
     change(checkout / "rollouts" / "worker.py", "text=self._tok", 'text="checkout " + self._tok')
     folder = make_job_folder(tmp_path / "rows", tiny_model, steps=1)
     for name in ("data.jsonl", "my_rewards.py", "recipe.yaml"):

@@ -83,6 +83,7 @@ def steps_of(folder: Path, name: str) -> list[int]:
     return [row["step"] for row in rows if "reward/mean" in row]
 
 
+@pytest.mark.long
 def test_f19_sigterm_and_ctrl_c_leave_a_checkpoint_and_lose_no_step(folder, measured):
     """In the middle of sampling (six samples a step: the second step), then while it updates (in that step again); each
     time the same command goes on."""
