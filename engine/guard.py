@@ -75,6 +75,8 @@ def kill_marked(mark: str, variable: str = SCORING) -> None:
 
 
 def main(variable: str, mark: str, folder: str) -> None:
+    # `ray job stop` signals all processes below the driver; this one has work when they are gone.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     driver = os.getppid()
     while os.getppid() == driver:
         readable, _, _ = select.select([0], [], [], _CHECK_SECONDS)
