@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +22,11 @@ from in_process_run import (
     strike,
 )
 
-from end_to_end.command_line import no_verifier, tiny_recipe, write_recipe
+from end_to_end.command_line import no_verifier, plait, plait_command, tiny_recipe, write_recipe
 from end_to_end.test_every_algorithm import CONFIGS
 from plait.algorithms import ALGORITHMS
 from plait.engine import loop
+from plait.engine.failpoints import VARIABLE
 from plait.launch.config import load_recipe
 from plait.rollouts.pool import Pool
 
@@ -148,3 +152,29 @@ def test_f16_resumed_anywhere_it_ends_in_the_same_bits(
     monkeypatch.chdir(folder)
     check(name, pool, tiny_model, folder)
     measured("F16", "max abs difference 0, prompts repeated or skipped 0 (real vLLM and DeepSpeed)")
+
+
+@pytest.mark.long
+def test_f16_a_killed_process_is_verified_and_resumed(tiny_model, folder, measured):
+    """The whole command, learner and sampler in processes of their own; SIGKILL between update and weight sync."""
+    runs = {}
+    for run, failpoint in (("real-whole", None), ("real-cut", "kill:step.updated:3")):
+        recipe = make_recipe(folder, tiny_model, run, "relift")
+        runs[run] = recipe.folder
+        env = {**os.environ, VARIABLE: failpoint} if failpoint else dict(os.environ)
+        done = subprocess.run(
+            plait_command("train", f"{run}.yaml", "checkpoint.every=2"),
+            cwd=folder,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == (-signal.SIGKILL if failpoint else 0), done.stderr[-3000:]
+    said = plait(folder, "resume", str(runs["real-cut"]), "--verify").stdout
+    assert "verified: step" in said
+    expected, found = everything(runs["real-whole"]), everything(runs["real-cut"])
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert found[key] == value, key
+    measured("F16", "a killed `plait train` resumed and verified by the command line: equal")

@@ -52,7 +52,7 @@ def test_f37_late_double_and_reordered_results_are_used_once(pool, monkeypatch, 
 
         def reordered(refs: Any, rng: random.Random = rng, **options: Any) -> Any:
             """Finished results in any order, each perhaps a few rounds later."""
-            ready, late = wait(list(refs), **options | {"num_returns": 1})
+            ready, late = wait(list(refs), timeout=options["timeout"])
             more, late = wait(late, num_returns=len(late), timeout=0) if late else ([], [])
             found = [*ready, *more]
             rng.shuffle(found)
