@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NoReturn
@@ -101,7 +101,10 @@ def begin(
     publish(parts, state)
     if state.step == 0 and evaluation.num_prompts:
         known = before.eval_before if before is not None else None
-        state.eval_before = known or evaluate(parts, evaluation, sampling, state)
+        try:
+            state.eval_before = known or evaluate(parts, evaluation, sampling, state)
+        except StopAsked as asked:
+            raise Stopped(f"{asked} before the first step; nothing is lost") from None
     return state
 
 
@@ -404,11 +407,15 @@ def sync(parts: Parts, state: RunState, receivers: Sequence[Any]) -> SyncProof:
 
 
 def evaluate(parts: Parts, config: EvalConfig, sampling: Sampling, state: RunState) -> EvalResult:
-    """Score the held-out prompts with the current policy."""
+    """Score the held-out prompts with the current policy.
+
+    Raises StopAsked, but only before the first step: a resumed run would not make up for a later one.
+    """
     requests = evaluation_requests(parts.data.eval_prompts, config, sampling.max_tokens)
-    with parts.log.phase("eval"):
-        stream = parts.rollouts.generate(requests, step=state.step)
-        groups = parts.scorer.score(requests, parts.log.watch(stream, requests))
+    drawn = parts.rollouts.generate(requests, step=state.step)
+    waits = parts.stop.breakable() if state.step == 0 else nullcontext()
+    with parts.log.phase("eval"), waits, closing(drawn):
+        groups = parts.scorer.score(requests, parts.log.watch(drawn, requests))
     result = evaluate_groups(groups)
     parts.log.evaluated(state, groups, result)
     return result
