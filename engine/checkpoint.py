@@ -204,6 +204,11 @@ class Checkpoints:
                 found[path] = accuracy
         return max(found, key=lambda path: found[path], default=None)
 
+    def best_saved(self) -> Saved | None:
+        """The best one, verified; raises CheckpointError where it is damaged."""
+        best = self.best()
+        return None if best is None else self.verified(best)
+
     def latest(self) -> Saved | None:
         """The newest checkpoint that is intact; None before the first one. What is not intact is named.
 

@@ -176,12 +176,13 @@ def evaluate(
 def export(
     run: RunArgument,
     output: Annotated[Path | None, typer.Option(help="Default: RUN/export.")] = None,
+    best: Annotated[bool, typer.Option(help="The one with the best evaluation.")] = False,
 ) -> None:
     """Write a run's latest checkpoint as a Hugging Face model."""
     from .run import export as write
     from .run import load_run
 
-    print(write(load_run(run), output or run / "export"))
+    print(write(load_run(run), output or run / "export", best=best))
 
 
 @app.command()

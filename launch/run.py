@@ -425,14 +425,15 @@ def evaluate(recipe: Recipe, model_path: str, output: Path | None = None) -> dic
     return {"model": model_path, **asdict(evaluate_groups(groups))}
 
 
-def export(recipe: Recipe, output: Path) -> Path:
-    """Write the latest checkpoint of a run as safetensors."""
+def export(recipe: Recipe, output: Path, *, best: bool = False) -> Path:
+    """Write the latest checkpoint of a run, or the one with the best evaluation, as safetensors."""
     from ..engine.checkpoint import Checkpoints
     from .cluster import ray_cluster
 
-    saved = Checkpoints(recipe.folder / CHECKPOINTS, recipe.checkpoint).latest()
+    kept = Checkpoints(recipe.folder / CHECKPOINTS, recipe.checkpoint)
+    saved = kept.best_saved() if best else kept.latest()
     if saved is None:
-        raise ConfigError.at("run", str(recipe.folder), "it has no checkpoint to export yet")
+        raise ConfigError.at("run", str(recipe.folder), "it has no such checkpoint to export yet")
     algorithm = recipe.build_algorithm()
     model_path = resolve_model(recipe.model.path)
     with ray_cluster(), reserve(recipe, rollouts=False) as seats:

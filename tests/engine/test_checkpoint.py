@@ -102,9 +102,9 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
         save(checkpoints, step, accuracy)
     kept = [path.name for path in checkpoints.complete()]
     assert kept == ["step-000004", "step-000008", "step-000010"]
-    best = checkpoints.best()
+    best = checkpoints.best_saved()
     assert best is not None
-    assert best.name == "step-000004"
+    assert (best.folder.name, best.manifest.accuracy) == ("step-000004", 0.75)
 
 
 def test_nothing_is_visible_before_it_is_written(tmp_path):
