@@ -156,6 +156,8 @@ class Setup:
     """The chat template around an empty question, for input hooks; known once the data is loaded."""
     vocabulary_size: int | None = None
     """Number of token ids; known once the data is loaded."""
+    is_out_of_reach: Callable[[str], bool] | None = None
+    """Whether a probe found every rollout of this prompt wrong; known once the data is loaded."""
 
 
 def credit_groups(
@@ -202,6 +204,10 @@ class PromptSource(Protocol):
 
     def find(self, prompt_id: str) -> Prompt:
         """A training prompt by its id."""
+        ...
+
+    def is_out_of_reach(self, prompt_id: str) -> bool:
+        """A probe (data.probe) found every rollout of the start model wrong; False without one."""
         ...
 
     @property
@@ -252,6 +258,7 @@ class AlgorithmBase(ABC):
             show_hint=data.show_hint,
             empty_prompt=data.empty_prompt,
             vocabulary_size=data.vocabulary_size,
+            is_out_of_reach=data.is_out_of_reach,
         )
 
     def expert_rows(self, step: int) -> int:

@@ -5,7 +5,7 @@ Objective: policy (surrogate on POLICY tokens) + expert_coef x expert - entropy_
 
 A question with at most `solved_gate` right rollouts loses them and trains its first demonstration instead (no reward,
 in no statistic); otherwise its rollouts stay. Without a demonstration it stays in RL. Only known scores decide; a
-question without any is left out.
+question without any is left out. With `skip_out_of_reach_steps`, rollouts of a probe decide in the first steps.
 
 Departs from the paper: its text on gamma = 1/8 contradicts its equation, and `<=` is what equation and code do. No std
 and no clip, as in the code; the policy term is a mean over rows (code: sum), so expert_coef has another absolute scale:
@@ -33,16 +33,17 @@ from ..engine.types import (
     Update,
 )
 from .advantages import Estimator
-from .base import AlgorithmBase, Setup, surrogate_needs
+from .base import Setup, surrogate_needs
 from .hybrid import HybridFields, hybrid_loss
 from .losses import Normalizer
+from .reach import ReachFields, ReachGate
 from .rows import expert_row, rollout_rows
 from .step_size import StepSize
 
 Route = Literal["rl", "sft"]
 
 
-class HptConfig(HybridFields):
+class HptConfig(HybridFields, ReachFields):
     type: Literal["hpt"] = "hpt"
     solved_gate: int = Field(default=0, ge=0)
     """A question with at most this many right rollouts trains its demonstration (Qwen 0, LLaMA 2)."""
@@ -73,7 +74,7 @@ def hpt_loss(
     return hybrid_loss(out, batch, coefs, config, expert_weight=config.expert_coef)
 
 
-class Hpt(AlgorithmBase):
+class Hpt(ReachGate):
     Config = HptConfig
 
     def __init__(self, config: HptConfig, setup: Setup) -> None:
@@ -97,7 +98,9 @@ class Hpt(AlgorithmBase):
             bool(group.prompt.demonstrations) and choose_route(group.rewards, self.config) == "sft"
             for group in scored
         ]
-        self.sft_share = sum(routed) / len(routed) if routed else None
+        skipped = plan.experts
+        known = len(routed) + len(skipped)
+        self.sft_share = (sum(routed) + len(skipped)) / known if known else None
         self._solved = {
             g.prompt.prompt_id: "solved" for g, sft in zip(scored, routed, strict=True) if not sft
         }
@@ -109,6 +112,8 @@ class Hpt(AlgorithmBase):
                 rows.append(expert_row(prompt, demonstration, self.config.max_response_length))
             else:
                 rows += rollout_rows([group])
+        limit = self.config.max_response_length
+        rows += [expert_row(prompt, prompt.demonstrations[0], limit) for prompt in skipped]
         return [self.update(self.credit(rows), self.coefs(step))]
 
     def step_size(self, num_prompts: int, step: int) -> StepSize:
@@ -117,10 +122,10 @@ class Hpt(AlgorithmBase):
         return replace(size, expert_rows=num_prompts)
 
     def metrics(self) -> Mapping[str, float]:
-        """sft_share: prompts of the last step that trained their demonstration, of those with a known score."""
+        """sft_share: prompts of the last step that trained their demonstration, of those scored or skipped."""
         return {} if self.sft_share is None else {"sft_share": self.sft_share}
 
     def ledger(self, updates: Sequence[Update], step: int) -> ExpertLedger:
-        """Gate: questions that trained their demonstration, of those with a known score."""
+        """Gate: questions that trained their demonstration, of those with a known score or skipped."""
         known = super().ledger(updates, step)
         return replace(known, gate_rate=self.sft_share, unused=self._solved)

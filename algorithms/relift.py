@@ -6,7 +6,7 @@ Objective: `main` as grpo. `sft`: expert loss - expert_entropy_coef x entropy, b
 A prompt all of whose rollouts failed goes, if it has a demonstration, to a buffer; a full buffer triggers one extra
 optimizer phase `sft` after the RL update of that step. That phase has its own AdamW moments and a fixed learning rate.
 Newest first; nothing is evicted or tested again; a prompt may be in the buffer twice. A group with an UNKNOWN score is
-not known to have failed.
+not known to have failed. With `skip_out_of_reach_steps`, rollouts of a probe decide in the first steps.
 
 Departs from the public code: an absent buffer has length 0 (there it crashes); `sft` is a true mean (there scaled by
 1 / ranks); the buffer is in the checkpoint. From the paper: no clipping and no division by the standard deviation in
@@ -25,6 +25,7 @@ from pydantic import Field
 from ..engine.contracts import LossFn, Need
 from ..engine.errors import CheckpointError
 from ..engine.ledger import ExpertLedger
+from ..engine.step_record import QUEUED
 from ..engine.types import (
     LossOutput,
     PolicyOutput,
@@ -37,14 +38,15 @@ from ..engine.types import (
     UpdateReport,
 )
 from .advantages import Estimator
-from .base import AlgorithmBase, ExpertFields, PolicyFields, Setup, surrogate_needs
+from .base import ExpertFields, PolicyFields, Setup, surrogate_needs
 from .grpo import grpo_loss
 from .losses import Members, Normalizer, expert_component
+from .reach import ReachFields, ReachGate
 from .rounds import has_failed
 from .step_size import Phase, StepSize
 
 
-class ReliftConfig(PolicyFields, ExpertFields):
+class ReliftConfig(PolicyFields, ExpertFields, ReachFields):
     standalone_experts = True
     type: Literal["relift"] = "relift"
     expert_batch_size: int = Field(default=128, ge=1)
@@ -78,7 +80,7 @@ def relift_sft_loss(
     return LossOutput(loss - config.expert_entropy_coef * entropy, metrics)
 
 
-class Relift(AlgorithmBase):
+class Relift(ReachGate):
     Config = ReliftConfig
 
     def __init__(self, config: ReliftConfig, setup: Setup) -> None:
@@ -107,12 +109,15 @@ class Relift(AlgorithmBase):
     def assemble(
         self, plan: StepPlan, groups: Sequence[RolloutGroup], step: int
     ) -> Sequence[Update]:
-        updates = [*super().assemble(plan, groups, step)]
+        skipped = plan.experts
+        updates = [*super().assemble(replace(plan, experts=()), groups, step)]
         threshold = self.config.failure_threshold
-        failed = [group.prompt for group in groups if has_failed(group, threshold)]
+        failed = [group.prompt for group in groups if has_failed(group, threshold)] + [*skipped]
+        known = len(groups) + len(skipped)
         self._failed_prompts = len(failed)
-        self._failed_share = len(failed) / len(groups) if groups else None
+        self._failed_share = len(failed) / known if known else None
         self._unused = {g.prompt.prompt_id: self.why_unused(g) for g in groups}
+        self._unused |= {prompt.prompt_id: QUEUED for prompt in skipped}
         batch = self.take_batch([prompt for prompt in failed if prompt.demonstrations])
         if batch is not None:
             updates.append(self.sft_update(batch, step))
@@ -121,7 +126,7 @@ class Relift(AlgorithmBase):
     def why_unused(self, group: RolloutGroup) -> str:
         """Of a prompt that is in no `sft` phase of this step."""
         if has_failed(group, self.config.failure_threshold):
-            return "buffered"
+            return QUEUED
         solved = any(reward > self.config.failure_threshold for reward in group.rewards)
         return "solved" if solved else "unknown_score"
 
@@ -167,7 +172,7 @@ class Relift(AlgorithmBase):
         }
 
     def ledger(self, updates: Sequence[Update], step: int) -> ExpertLedger:
-        """Gate: prompts of the step all of whose rollouts failed."""
+        """Gate: prompts of the step all of whose rollouts failed, skipped ones included."""
         return ExpertLedger(
             gate_rate=self._failed_share, buffer_size=len(self.buffer), unused=self._unused
         )

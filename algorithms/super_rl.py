@@ -5,7 +5,8 @@ expert_share = SFT-routed prompts / all prompts of the update: the mean over pro
 
 A prompt whose best reward is at most `failure_threshold` loses its rollouts and contributes all its demonstrations (no
 reward, in no statistic). Without a demonstration it stays in RL. Only known scores decide; a prompt without any is left
-out. Prompts whose rows train nothing (`drop_uniform_groups`) are not counted in expert_share.
+out. Prompts whose rows train nothing (`drop_uniform_groups`) are not counted in expert_share. With
+`skip_out_of_reach_steps`, rollouts of a probe decide in the first steps.
 
 Departs from the paper: the advantage-gated and learned-sigma variants are not offered; both normalizers, `rows`, are
 ours.
@@ -23,6 +24,7 @@ from ..engine.ledger import ExpertLedger
 from ..engine.types import (
     LossOutput,
     PolicyOutput,
+    Prompt,
     RolloutGroup,
     Sample,
     Source,
@@ -30,16 +32,17 @@ from ..engine.types import (
     TrainBatch,
     Update,
 )
-from .base import AlgorithmBase, Setup, surrogate_needs
+from .base import Setup, surrogate_needs
 from .hybrid import HybridFields, hybrid_loss
 from .losses import Normalizer
+from .reach import ReachFields, ReachGate
 from .rows import expert_row, rollout_rows
 from .step_size import StepSize
 
 Route = Literal["rl", "sft"]
 
 
-class SuperRlConfig(HybridFields):
+class SuperRlConfig(HybridFields, ReachFields):
     type: Literal["super_rl"] = "super_rl"
     failure_threshold: float = 0.0
     """A prompt whose best rollout has at most this reward trains its demonstrations."""
@@ -67,7 +70,7 @@ def super_rl_loss(
     return hybrid_loss(out, batch, coefs, config, policy_weight=1 - share, expert_weight=share)
 
 
-class SuperRl(AlgorithmBase):
+class SuperRl(ReachGate):
     Config = SuperRlConfig
 
     def __init__(self, config: SuperRlConfig, setup: Setup) -> None:
@@ -103,14 +106,20 @@ class SuperRl(AlgorithmBase):
             route = choose_route(group.rewards, self.config) if prompt.demonstrations else "rl"
             self._routes[prompt.prompt_id] = route
             if route == "sft":
-                limit = self.config.max_response_length
-                rows += [expert_row(prompt, d, limit) for d in prompt.demonstrations]
+                rows += self.all_demonstrations(prompt)
             else:
                 rows += rollout_rows([group])
+        for prompt in plan.experts:  # skipped
+            self._routes[prompt.prompt_id] = "sft"
+            rows += self.all_demonstrations(prompt)
         return [self.update(self.credit(rows), self.coefs(step))]
 
+    def all_demonstrations(self, prompt: Prompt) -> list[Sample]:
+        limit = self.config.max_response_length
+        return [expert_row(prompt, d, limit) for d in prompt.demonstrations]
+
     def ledger(self, updates: Sequence[Update], step: int) -> ExpertLedger:
-        """Gate: prompts that trained their demonstrations, of those with a known score."""
+        """Gate: prompts that trained their demonstrations, of those with a known score or skipped."""
         routes = self._routes
         gate = sum(route == "sft" for route in routes.values()) / len(routes) if routes else None
         solved = {prompt_id: "solved" for prompt_id, route in routes.items() if route == "rl"}

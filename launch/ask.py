@@ -148,6 +148,10 @@ class SavedPrompts:
     def find(self, prompt_id: str) -> Prompt:
         return self.by_id[prompt_id]
 
+    def is_out_of_reach(self, prompt_id: str) -> bool:
+        """Methods are compared on the batch's rollouts, so each prompt has a group."""
+        return False
+
     def show_hint(self, prompt: Prompt, hint: TokenIds) -> Prompt:
         """Hinted prompts would only be rolled out, which ends in Unanswerable: their text does not matter."""
         return prompt

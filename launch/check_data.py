@@ -11,12 +11,10 @@ from ..rollouts.admission_report import AdmissionReport
 from ..rollouts.quarantine import append
 from .admission import Admission, examine, finding_rows, objections, quarantined
 from .config import Recipe
+from .console import wide_console
 from .model import resolve_model
 from .run import check_inputs, load_prompts
 from .scoring import open_scorer
-
-WIDTH = 120
-"""Characters of a line in a file."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +42,7 @@ class DataCheck:
         }
 
     def show(self) -> None:
-        from rich.console import Console
-
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console = Console(highlight=False, width=WIDTH)
+        console = wide_console()
         report = self.admission.report
         console.print(str(self.data.report), markup=False)
         console.print(source_table(report))

@@ -18,6 +18,8 @@ from .cluster import INSECURE, import_from_here
 from .config import load_recipe, read_recipe
 from .job import job_id, run_submitted_code, settle
 from .job_commands import Insecure, add_to
+from .measure_commands import Json, Overrides
+from .measure_commands import add_to as add_measures_to
 
 app = typer.Typer(
     name="plait",
@@ -30,11 +32,10 @@ app = typer.Typer(
 check = typer.Typer(no_args_is_help=True, help="Proofs that need no cluster.")
 app.add_typer(check, name="check")
 add_to(app)
+add_measures_to(app)
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value ...")]
 RunArgument = Annotated[Path, typer.Argument(help="A run folder, for example runs/quickstart.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
 @app.command()
@@ -133,43 +134,6 @@ def compare(
     print((folder / "report.md").read_text())
     if any(outcome.failure for outcome in outcomes):
         raise typer.Exit(1)
-
-
-@app.command("eval")
-def evaluate(
-    target: Annotated[str, typer.Argument(help="A run folder (its export), or a recipe.")],
-    overrides: Overrides = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Write completions and scores here, as JSON lines.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Score a model on the held-out prompts: a run's export, or the model a recipe names.
-
-    Several answers a prompt give pass@k: eval.rollouts_per_prompt=8 eval.temperature=1.
-    """
-    from .model import resolve_model
-    from .run import check_inputs, load_run
-    from .run import evaluate as run
-
-    if Path(target).is_dir():
-        model = Path(target) / "export"
-        if not model.is_dir():
-            raise ConfigError.at("run", target, f"it has no {model}; run `plait export {target}`")
-        loaded = load_run(Path(target), overrides or ())
-        result = run(loaded, str(model.resolve()), output)
-    else:
-        recipe = load_recipe(target, overrides or ())
-        check_inputs(recipe)
-        result = run(recipe, resolve_model(recipe.model.path), output)
-    if as_json:
-        print(json.dumps(result))
-    else:
-        print(
-            f"accuracy {result['accuracy']:.3f} [{result['low']:.3f}, {result['high']:.3f}], "
-            f"mean reward {result['mean_reward']:.3f}, {result['num_scored']} scored, {result['num_unknown']} unknown"
-        )
-        print("".join(f"pass@{k} {value:.3f}  " for k, value in result["pass_at"].items()).strip())
 
 
 @app.command()

@@ -29,6 +29,7 @@ from ..engine.errors import ConfigError, Problem
 from ..engine.types import Sampling
 from ..rewards.config import RewardConfig
 from ..rollouts.config import DataConfig, RolloutConfig
+from .sampled_settings import unread_table
 from .secret_keys import secrets_in
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -404,7 +405,7 @@ def contradictions(recipe: Recipe) -> list[Problem]:
             True,
             "flash-attention cannot hide tokens; set learner.attention = segments",
         )
-    return problems + unfed_expert_loss(recipe)
+    return problems + unfed_expert_loss(recipe) + unread_table(recipe)
 
 
 def unfed_expert_loss(recipe: Recipe) -> list[Problem]:

@@ -9,6 +9,15 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+WIDTH = 120
+"""Characters of a line in a file."""
+
+
+def wide_console() -> Console:
+    """For tables: as wide as the terminal, or as a line in a file."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=WIDTH)
+
 
 def make_console() -> TerminalConsole | PlainConsole:
     return TerminalConsole() if sys.stdout.isatty() else PlainConsole()

@@ -42,7 +42,7 @@ FIXED = (
     "learner.parameter_selection*",
 )
 """Fields on which what a checkpoint holds depends."""
-MOVABLE = ("data.path", "model.path")
+MOVABLE = ("data.path", "data.probe", "model.path")
 """Places, not contents: these are compared by digest."""
 ABSENT = "(absent)"
 

@@ -28,6 +28,7 @@ from .model import check_model, resolve_model
 from .placement import Seats, reserve
 from .run_folder import CHECKPOINTS, CONFIG_FILE, SUMMARY_FILE, check_resumable, prepare_folder
 from .run_lock import lock_run
+from .sampled_settings import check_table
 from .scoring import check_functions, open_scorer
 from .signals import stopped_by_signals
 
@@ -68,6 +69,7 @@ def check_inputs(
     records = Records((), ())
     with noting_silence(unchecked):
         records = read_records(recipe.data, recipe.eval.num_prompts)
+    check_table(recipe)
     if recipe.reward is not None:
         check_functions(recipe.reward, records, reward)
     if records.train:
@@ -391,38 +393,6 @@ def load_run(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
     recipe = load_recipe(folder / CONFIG_FILE, overrides)
     place = recipe.run.model_copy(update={"name": folder.name, "dir": str(folder.parent)})
     return recipe.model_copy(update={"run": place})
-
-
-def evaluate(recipe: Recipe, model_path: str, output: Path | None = None) -> dict[str, Any]:
-    """Greedy (or sampled) accuracy of a model on the recipe's held-out prompts; no learner is started.
-
-    The completions and their scores go into `output`, one JSON object a line.
-    """
-    if recipe.reward is None or recipe.eval.num_prompts == 0:
-        raise ConfigError.at(
-            "eval.num_prompts", recipe.eval.num_prompts, "evaluation needs prompts and a reward"
-        )
-    inputs = check_inputs(recipe)
-
-    from ..engine.evaluation import evaluate_groups, evaluation_requests
-    from ..engine.metrics import write_rollouts
-    from .cluster import ray_cluster
-
-    with ExitStack() as stack:
-        scorer = open_scorer(recipe)
-        stack.callback(scorer.close)
-        stack.enter_context(ray_cluster())
-        seats = stack.enter_context(reserve(recipe, learner=False))
-        pool = start_pool(recipe, model_path, seats, stack)
-        data = load_prompts(inputs, model_path)
-        pool.wait_started(stop_token_ids=[data.end_token_id])
-        longest = recipe.rollouts.max_response_length
-        requests = evaluation_requests(data.eval_prompts, recipe.eval, longest)
-        groups = scorer.score(requests, pool.generate(requests, step=0))
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_rollouts(output, groups)
-    return {"model": model_path, **asdict(evaluate_groups(groups))}
 
 
 def export(recipe: Recipe, output: Path, *, best: bool = False) -> Path:

@@ -1,28 +1,24 @@
 """`plait teach`: sample solutions from a teacher and keep verified ones as demonstrations.
 
 The teacher is a local model behind the rollout workers, or an endpoint. Prompts are asked in batches; one without a
-right answer can be asked again with the beginning of its demonstration shown (ReGFT, arXiv 2603.01223). What a batch
-brought is on disk before the next one starts, each prompt in exactly one of two files, so a killed run goes on where it
-was.
+right answer can be asked again with the beginning of its demonstration shown (ReGFT, arXiv 2603.01223). A killed run
+goes on where it was (collect.py).
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from ..engine.durable import write_durably
-from ..engine.errors import ConfigError, DataError
 from ..engine.evaluation import SUCCESS
 from ..engine.types import Prompt, Rollout, RolloutGroup, RolloutRequest, Score
+from .collect import RowFiles, Sampler, batches, open_model
 from .model import resolve_model
-from .placement import reserve
-from .run import check_inputs, load_prompts, start_pool
+from .run import check_inputs, load_prompts
+from .sampled_settings import Row, sampling_settings
 from .scoring import open_scorer
 
 if TYPE_CHECKING:
@@ -31,7 +27,6 @@ if TYPE_CHECKING:
     from .config import Recipe
 
 DEMONSTRATIONS, UNSOLVED, SETTINGS = "demonstrations.jsonl", "unsolved.jsonl", "teach.json"
-PROMPTS_PER_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -48,12 +43,6 @@ class Teaching:
     max_prompts: int | None = None
     endpoint: str | None = None
     api_key_env: str | None = None
-
-
-class Teacher(Protocol):
-    def wait_started(self, stop_token_ids: Sequence[int] = ()) -> None: ...
-
-    def generate(self, requests: Sequence[RolloutRequest], *, step: int) -> Iterator[Rollout]: ...
 
 
 @dataclass(frozen=True)
@@ -73,6 +62,14 @@ class Totals:
     traces: int = 0
     unknown: int = 0
 
+    def count(self, row: Row) -> None:
+        hinted = row.get("hinted", [])
+        self.prompts += 1
+        self.solved += bool(hinted)
+        self.solved_with_hint += any(hinted)
+        self.traces += len(hinted)
+        self.unknown += row["unknown"]
+
 
 def teach(
     recipe: Recipe, teaching: Teaching, folder: Path, say: Callable[[str], None] = print
@@ -82,26 +79,24 @@ def teach(
     Raises ConfigError where the folder holds traces of other settings, and what sampling and scoring raise.
     """
     inputs = check_inputs(recipe)
-    files = TraceFiles(folder, settings(recipe, teaching))
+    totals, names = Totals(), (DEMONSTRATIONS, UNSOLVED)
+    files = RowFiles(folder, names, SETTINGS, settings(recipe, teaching), totals.count)
     with ExitStack() as stack:
         scorer = open_scorer(recipe, folder)
         stack.callback(scorer.close)
         teacher, model_path = stack.enter_context(open_teacher(recipe, teaching))
         data = load_prompts(inputs, model_path)
         teacher.wait_started(stop_token_ids=[data.end_token_id])
-        count = min(teaching.max_prompts or data.num_prompts, data.num_prompts)
-        todo = [p for p in data.peek(count) if p.prompt_id not in files.done]
+        count, todo = files.left(data, teaching.max_prompts)
         say(f"{count} prompts, {count - len(todo)} of them done before")
         session = Session(recipe, teaching, teacher, scorer, data, tokens_of(recipe, model_path))
-        for start in range(0, len(todo), PROMPTS_PER_BATCH):
-            batch = todo[start : start + PROMPTS_PER_BATCH]
-            files.write(*session.work(batch))
-            totals = files.totals
+        for batch in batches(todo):
+            files.append(dict(zip(names, session.work(batch), strict=True)))
             say(
                 f"{totals.prompts}/{count} prompts: {totals.solved} solved, {totals.solved_with_hint} of them with a "
                 f"hint, {totals.traces} traces kept, {totals.unknown} scores unknown"
             )
-    return files.totals
+    return totals
 
 
 class Session:
@@ -111,7 +106,7 @@ class Session:
         self,
         recipe: Recipe,
         teaching: Teaching,
-        teacher: Teacher,
+        teacher: Sampler,
         scorer: ProcessScorer,
         data: Data,
         student_tokens: Callable[[Prompt, str], list[int]],
@@ -119,9 +114,7 @@ class Session:
         self.recipe, self.teaching, self.teacher = recipe, teaching, teacher
         self.scorer, self.data, self.student_tokens = scorer, data, student_tokens
 
-    def work(
-        self, prompts: Sequence[Prompt]
-    ) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    def work(self, prompts: Sequence[Prompt]) -> tuple[list[Row], list[Row]]:
         """Rows of demonstrations and of unsolved prompts."""
         n = self.teaching.rollouts_per_prompt
         plain = self.sample([RolloutRequest(p, n, self.recipe.sampling) for p in prompts], 0)
@@ -198,89 +191,15 @@ def unsolved_row(prompt: Prompt, scores: Mapping[str, Sequence[Score]]) -> Mappi
     }
 
 
-class TraceFiles:
-    """The folder's two files and its settings; `done` are the ids of both."""
-
-    def __init__(self, folder: Path, wanted: Mapping[str, Any]) -> None:
-        self.folder, self.done, self.totals = folder, set[str](), Totals()
-        folder.mkdir(parents=True, exist_ok=True)
-        known = folder / SETTINGS
-        if known.exists():
-            refuse_other_settings(folder, json.loads(known.read_text()), wanted)
-        else:
-            draft = known.with_suffix(".draft")
-            write_durably(draft, json.dumps(wanted, indent=2) + "\n")
-            draft.replace(known)
-        for name in (DEMONSTRATIONS, UNSOLVED):
-            for row in read_whole_lines(folder / name):
-                self._count(row)
-
-    def write(
-        self, solved: Sequence[Mapping[str, Any]], unsolved: Sequence[Mapping[str, Any]]
-    ) -> None:
-        """Append, and return when the rows are on disk."""
-        for name, rows in ((DEMONSTRATIONS, solved), (UNSOLVED, unsolved)):
-            with (self.folder / name).open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-                file.flush()
-                os.fsync(file.fileno())
-        for row in (*solved, *unsolved):
-            self._count(row)
-
-    def _count(self, row: Mapping[str, Any]) -> None:
-        if row["id"] in self.done:
-            raise DataError(f"{self.folder}: prompt {row['id']!r} is there twice; remove one line")
-        self.done.add(row["id"])
-        hinted = row.get("hinted", [])
-        self.totals.prompts += 1
-        self.totals.solved += bool(hinted)
-        self.totals.solved_with_hint += any(hinted)
-        self.totals.traces += len(hinted)
-        self.totals.unknown += row["unknown"]
-
-
-def read_whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The file's rows; a last line that a crash has torn is cut off."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with path.open("rb+") as file:
-            file.truncate(len(whole))
-    return [json.loads(line) for line in whole.decode().splitlines()]
-
-
 def settings(recipe: Recipe, teaching: Teaching) -> dict[str, Any]:
     """What traces depend on; more prompts may be added later."""
     chosen = asdict(teaching)
     del chosen["max_prompts"], chosen["api_key_env"]
-    rollouts, raw = recipe.rollouts, recipe.model_dump(mode="json")
-    reward = raw["reward"] or {}
-    return {
-        "teaching": chosen,
-        "data": raw["data"],
-        "reward": {key: reward.get(key) for key in ("function", "options")},
-        "seed": recipe.run.seed,
-        "sampling": asdict(recipe.sampling),
-        "max_prompt_length": rollouts.max_prompt_length,
-        "eval_prompts": recipe.eval.num_prompts,
-    }
-
-
-def refuse_other_settings(folder: Path, known: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    for key, value in now.items():
-        if known.get(key) != value:
-            raise ConfigError.at(
-                "--output",
-                str(folder),
-                f"it holds traces of other settings: {key} was {known.get(key)}, now {value}; "
-                "choose another folder",
-            )
+    return {"teaching": chosen, **sampling_settings(recipe)}
 
 
 @contextmanager
-def open_teacher(recipe: Recipe, teaching: Teaching) -> Iterator[tuple[Teacher, str]]:
+def open_teacher(recipe: Recipe, teaching: Teaching) -> Iterator[tuple[Sampler, str]]:
     """The teacher, and the model whose tokenizer and template the prompts are read with."""
     if teaching.endpoint is not None:
         from ..rollouts.endpoint import Endpoint
@@ -297,13 +216,8 @@ def open_teacher(recipe: Recipe, teaching: Teaching) -> Iterator[tuple[Teacher, 
             resolve_model(recipe.model.path),
         )
         return
-    from .cluster import ray_cluster
-
-    model_path = resolve_model(teaching.teacher)
-    with ExitStack() as stack:
-        stack.enter_context(ray_cluster())
-        seats = stack.enter_context(reserve(recipe, learner=False))
-        yield start_pool(recipe, model_path, seats, stack), model_path
+    with open_model(recipe, teaching.teacher) as opened:
+        yield opened
 
 
 def tokens_of(recipe: Recipe, teacher_path: str) -> Callable[[Prompt, str], list[int]]:

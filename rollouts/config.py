@@ -141,6 +141,9 @@ class DrawSection(Section):
     """Which training prompts come next; the expert stream is always shuffled."""
     filter: FilterConfig | None = None
     """null: every prompt is drawn for ever."""
+    probe: str | None = None
+    """rates.jsonl of `plait probe`: what the start model can do counts as a first visit of each prompt in it, for
+    `sampling: difficulty`, for `filter`, and for `algorithm.skip_out_of_reach_steps`."""
     admission: AdmissionConfig = AdmissionConfig()
 
     @property

@@ -8,6 +8,7 @@ prompts, which is all that a checkpoint must hold.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from .config import DataConfig
 from .data_report import COPY, IDS_SHOWN, DataReport, Ledger
 from .encoder import Encoder
 from .hints import HintDisplay
+from .probe_table import Rate, read_rates
 from .readers import read_records
 from .records import Record, Records
 from .split import text_key
@@ -67,6 +69,7 @@ class Data:
         self._records, self._kept = records, kept
         self._dropped: Collection[Key] = ()
         self._scores: Mapping[Key, Score] = {}
+        self._rates = self._probed()
         self._taken: dict[str, tuple[int, tuple[int, ...]]] = {}
         """Row and tokens of the prompts taken since the last `observe`."""
         self._order()
@@ -79,6 +82,7 @@ class Data:
             part_streams(config, records, kept, self._total_prompts, self._attempts), self._attempts
         )
         self._experts = MixedStream(expert_streams(config, records, kept))
+        self._begin_attempts()
         self._fingerprint = {
             "data.seed": config.seed,
             "training prompts": f"{len(kept)} rows, sha256 {kept.digest}",
@@ -91,6 +95,39 @@ class Data:
                 ]
             ),
         }
+        if config.probe is not None:
+            counts = [(n, r.scored, r.right, r.unknown) for n, r in sorted(self._rates.items())]
+            digest = hashlib.sha256(json.dumps(counts).encode()).hexdigest()
+            self._fingerprint["data.probe"] = f"{len(counts)} prompts, sha256 {digest}"
+
+    def _probed(self) -> Mapping[str, Rate]:
+        """Raises DataError where the table names a prompt that is not there."""
+        if self._config.probe is None:
+            return {}
+        path = Path(self._config.probe)
+        rates = read_rates(path)
+        for prompt_id in rates:
+            if self._row_of(prompt_id) is None:
+                raise DataError(
+                    f"{path}: no training prompt has the id {prompt_id!r}; give `plait probe` this recipe and "
+                    "another folder"
+                )
+        return rates
+
+    def _begin_attempts(self) -> None:
+        """What a probe found is a first visit; prompts that the admission left out have none."""
+        if self._attempts is None:
+            return
+        for prompt_id, rate in self._rates.items():
+            row = self._row_of(prompt_id)
+            if row is not None:
+                correct = [i < rate.right for i in range(rate.scored)]
+                self._attempts.observe(row, correct, rate.unknown, epoch=0)
+
+    def is_out_of_reach(self, prompt_id: str) -> bool:
+        """A probe found every rollout of the start model wrong."""
+        rate = self._rates.get(prompt_id)
+        return rate is not None and rate.reach == "out_of_reach"
 
     def rows(self) -> Iterator[TrainRow]:
         """Every training prompt, in the order of the data; the streams do not move."""
@@ -175,11 +212,17 @@ class Data:
         """A training prompt by its id; raises DataError where there is none."""
         return self._row(self._find(prompt_id)).prompt
 
-    def _find(self, prompt_id: str) -> int:
+    def _row_of(self, prompt_id: str) -> int | None:
         for row in self._kept.find(text_key(prompt_id)).tolist():
             if self._record(row).prompt_id == prompt_id:
                 return row
-        raise DataError(f"no training prompt has the id {prompt_id!r}")
+        return None
+
+    def _find(self, prompt_id: str) -> int:
+        row = self._row_of(prompt_id)
+        if row is None:
+            raise DataError(f"no training prompt has the id {prompt_id!r}")
+        return row
 
     @property
     def vocabulary_size(self) -> int:

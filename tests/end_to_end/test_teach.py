@@ -14,6 +14,7 @@ from end_to_end.test_smollm2 import recipe as smollm2_recipe
 from end_to_end.test_train import wait_for
 
 PROMPTS = 80
+PROBE = ("--rollouts-per-prompt", "4", "--max-prompts", "16")
 
 
 def sums(**sections) -> dict:
@@ -57,8 +58,22 @@ def test_teach_is_killed_resumed_and_chord_trains_on_its_traces(tmp_path: Path) 
         assert logprobs is None or all(value <= 0 for value in logprobs)
     assert sum("behaviour_logprobs" in row for row in rows) > len(rows) / 2
 
+    probe_first_prompts(tmp_path)
+
     data = {"type": "jsonl", "path": "traces/demonstrations.jsonl"}
     write_recipe(tmp_path, "learn.yaml", sums(data=data))
     plait(tmp_path, "train", "learn.yaml", "loop.steps=2", "checkpoint.every=0")
     summary = json.loads((tmp_path / "runs" / "learn" / "summary.json").read_text())
     assert summary["tokens"]["expert"] > 0
+
+
+def probe_first_prompts(folder: Path) -> None:
+    """The same prompts and answers give the table that a run may read."""
+    done = plait(folder, "probe", "sums.yaml", "--output", "probe", *PROBE, "--json")
+    report = json.loads(done.stdout.splitlines()[-1])
+    rows = read_lines(folder / "probe" / "rates.jsonl")
+    assert len(rows) == report["prompts"] == sum(report["classes"].values()) == 16
+    assert sum(row["right"] for row in rows) == report["right"] > 0
+    assert 0 < report["signal_share"] <= 1
+    read = ["data.probe=probe/rates.jsonl", "data.filter={solved_after: 1}"]
+    plait(folder, "check", "recipe", "sums.yaml", *read)

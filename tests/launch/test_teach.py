@@ -14,8 +14,9 @@ import pytest
 from plait.engine.errors import ConfigError, DataError, RolloutError
 from plait.engine.types import Prompt, Rollout, RolloutRequest, Sampling
 from plait.launch import teach as module
+from plait.launch.collect import read_whole_lines
 from plait.launch.config import Recipe, load_recipe
-from plait.launch.teach import DEMONSTRATIONS, UNSOLVED, Teaching, read_whole_lines, teach
+from plait.launch.teach import DEMONSTRATIONS, UNSOLVED, Teaching, teach
 from plait.rollouts.endpoint import Endpoint
 from plait.rollouts.readers import read_records
 

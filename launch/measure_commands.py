@@ -1,0 +1,86 @@
+"""The commands that measure a model and train nothing: `plait eval | probe`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..engine.errors import ConfigError
+from .config import load_recipe
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value ...")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("eval")(evaluate)
+    app.command()(probe)
+
+
+def evaluate(
+    target: Annotated[str, typer.Argument(help="A run folder (its export), or a recipe.")],
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Write completions and scores here, as JSON lines.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Score a model on the held-out prompts: a run's export, or the model a recipe names.
+
+    Several answers a prompt give pass@k: eval.rollouts_per_prompt=8 eval.temperature=1.
+    """
+    from .evaluate import evaluate as run
+    from .model import resolve_model
+    from .run import check_inputs, load_run
+
+    if Path(target).is_dir():
+        model = Path(target) / "export"
+        if not model.is_dir():
+            raise ConfigError.at("run", target, f"it has no {model}; run `plait export {target}`")
+        loaded = load_run(Path(target), overrides or ())
+        result = run(loaded, str(model.resolve()), output)
+    else:
+        recipe = load_recipe(target, overrides or ())
+        check_inputs(recipe)
+        result = run(recipe, resolve_model(recipe.model.path), output)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print(
+            f"accuracy {result['accuracy']:.3f} [{result['low']:.3f}, {result['high']:.3f}], "
+            f"mean reward {result['mean_reward']:.3f}, {result['num_scored']} scored, {result['num_unknown']} unknown"
+        )
+        print("".join(f"pass@{k} {value:.3f}  " for k, value in result["pass_at"].items()).strip())
+
+
+def probe(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
+    output: Annotated[
+        Path, typer.Option(help="Folder of the table; the same command goes on there.")
+    ],
+    overrides: Overrides = None,
+    rollouts_per_prompt: Annotated[int, typer.Option(min=1, help="Answers of each prompt.")] = 8,
+    max_prompts: Annotated[int | None, typer.Option(min=1, help="Default: all of them.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Sort a recipe's training prompts by what its start model can do: solved, learnable, out of reach.
+
+    Says how many groups would carry a signal and how many traces are worth buying, and writes the table that
+    data.probe reads.
+    """
+    from .probe import RATES, Probing
+    from .probe import probe as run
+
+    probing = Probing(rollouts_per_prompt, max_prompts)
+    say = partial(print, file=sys.stderr) if as_json else print
+    report = run(load_recipe(recipe, overrides or ()), probing, output, say)
+    if as_json:
+        print(json.dumps(report.to_json()))
+    else:
+        report.show()
+        print(output / RATES)
