@@ -148,6 +148,8 @@ class LearnerConfig(Section):
     """Deadline of every call to a learner rank and of every collective."""
     silence_seconds: float = Field(default=60.0, gt=0)
     """A rank whose process does not answer for so long is taken for stuck; a dead one is noticed at once."""
+    place_seconds: float = Field(default=300.0, gt=0)
+    """Longest wait for a place in the cluster when the ranks start again and their node was lost."""
     num_spares: int = Field(default=0, ge=0)
     """CPU: processes that wait, everything imported, to become ranks when the learner restarts."""
 

@@ -1,18 +1,20 @@
 """Named points where a test can make a process end, stop or fail; without the environment variable they do nothing.
 
 PLAIT_FAILPOINT=ACTION:NAME[:N] strikes when NAME is reached for the N-th time in a process (the first by default):
-`kill` (SIGKILL), `stop` (SIGSTOP), `term` (SIGTERM), `interrupt` (SIGINT), `sleep` (an hour), `raise` (RuntimeError)
-or `full` (OSError: no space left on device). Where PLAIT_FAILPOINT_ONCE names a file, only one of many processes
-strikes: the one that renames it to FILE.struck.
+`kill` (SIGKILL), `stop` (SIGSTOP), `term` (SIGTERM), `interrupt` (SIGINT), `sleep` (an hour), `raise` (RuntimeError),
+`full` (OSError: no space left on device) or `memory` (MemoryError at a limit of the address space). Where
+PLAIT_FAILPOINT_ONCE names a file, only one of many processes strikes: the one that renames it to FILE.struck.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 import time
 from collections import Counter
+from pathlib import Path
 
 VARIABLE = "PLAIT_FAILPOINT"
 ONCE = "PLAIT_FAILPOINT_ONCE"
@@ -57,11 +59,21 @@ def strike(action: str, name: str) -> None:
             os.kill(os.getpid(), signal.SIGINT)
         case "sleep":
             time.sleep(3600)
+        case "memory":
+            run_out_of_memory()
         case "raise":
             raise RuntimeError(f"{VARIABLE}: {name} was reached")
         case "full":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
         case _:
             raise ValueError(
-                f"{VARIABLE}: {action!r} is not kill, stop, term, interrupt, sleep, raise or full"
+                f"{VARIABLE}: {action!r} is not kill, stop, term, interrupt, sleep, memory, raise or full"
             )
+
+
+def run_out_of_memory() -> None:
+    """Raises MemoryError, as any allocation may that follows."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    used = pages * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used, used))
+    bytearray(2**31)

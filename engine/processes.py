@@ -86,6 +86,12 @@ def all_gone(pids: Sequence[int], seconds: float) -> bool:
     return True
 
 
+def how_it_died(error: Exception) -> str:
+    """What Ray knows of the end of an actor, without its list of possible causes."""
+    last = str(error).strip().splitlines()[-1].strip()
+    return last.partition(" Some common causes")[0].rpartition("Worker exit detail: ")[2]
+
+
 def kill_actor(actor: Any, place: Place | None) -> None:
     """End a Ray actor for good, stopped or not, with the processes it started; returns without waiting.
 

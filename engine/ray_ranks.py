@@ -18,9 +18,9 @@ from typing import Any
 
 from .config import LearnerConfig
 from .contracts import LossFn, Need
-from .errors import LearnerError, LearnerLost, PlaitError
+from .errors import ClusterError, LearnerError, LearnerLost, PlaitError
 from .learner import LearnerWorker, Rank
-from .processes import Place, all_gone, die_with_parent, family, kill_actor
+from .processes import Place, all_gone, die_with_parent, family, how_it_died, kill_actor
 from .rendezvous import free_port
 from .types import TokenSampling
 
@@ -247,6 +247,7 @@ class RayRanks:
         spares = [self._spares.pop(0) for _ in range(min(self.world_size, len(self._spares)))]
         fresh = [self._recruit(rank) for rank in range(len(spares), self.world_size)]
         self._ranks = [*spares, *fresh]
+        self._find_places()
         ref = self._ranks[0].actor.rendezvous.remote()
         address, port = self._get([ref], "rendezvous")[0]
         learner, head = self._learner
@@ -254,6 +255,21 @@ class RayRanks:
             process.actor.start.remote(*learner, Rank(i, self.world_size, address, port), *head)
             for i, process in enumerate(self._ranks)
         ]
+
+    def _find_places(self) -> None:
+        """ClusterError where a rank finds none in time."""
+        import ray
+
+        deadline = time.monotonic() + self._config.place_seconds
+        for rank, process in enumerate(self._ranks):
+            left = max(0.0, deadline - time.monotonic())
+            if not ray.wait([process.placing], timeout=left)[0]:
+                nodes = sum(node["Alive"] for node in ray.nodes())
+                raise ClusterError(
+                    f"learner rank {rank} found no place in the cluster within learner.place_seconds = "
+                    f"{self._config.place_seconds:g}; {nodes} nodes are alive. Add a node like the one that was lost; "
+                    "the run goes on with `plait resume`"
+                )
 
     def _kill(self, processes: Sequence[_Process]) -> None:
         """Fences them: when this returns, those of this node have ended."""
@@ -326,8 +342,7 @@ class RayRanks:
     def _died(self, rank: int, method: str, error: Exception) -> LearnerLost:
         last = self._ranks[rank].activity
         doing = f" (last seen in {last})" if last is not None and last.method else ""
-        reason = str(error).strip().splitlines()[-1].strip()
-        return LearnerLost(f"learner rank {rank} died in {method}{doing}: {reason}")
+        return LearnerLost(f"learner rank {rank} died in {method}{doing}: {how_it_died(error)}")
 
     def _listen(self, waited_for: Sequence[int], method: str) -> None:
         """Send and receive heartbeats; LearnerLost names a rank that has been silent for too long."""

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .loop import Parts
     from .run_state import RunState
 
-MAX_IN_ROW = 2
+MAX_IN_ROW = 3
 """Restarts without one finished step in between."""
 
 
@@ -40,6 +40,20 @@ class Recovery:
         Raises LearnerError, or Stalled where ranks were stuck and not dead, once that was done too often.
         """
         step = "the start" if state is None else f"step {state.step + 1}"
+        started = False
+        while not started:
+            self._count(step, lost)
+            say = parts.log.console.say
+            say(f"{step}: {lost}. The learner starts again from the last checkpoint")
+            try:
+                parts.learners.restart()
+                started = True
+            except LearnerLost as again:
+                lost = again
+        parts.algorithm.load_state_dict(copy.deepcopy(self.fresh[0]))
+        parts.data.load_state_dict(copy.deepcopy(self.fresh[1]))
+
+    def _count(self, step: str, lost: LearnerLost) -> None:
         limit = None
         if self.restarts >= self.max_restarts:
             limit = f"loop.max_restarts = {self.max_restarts} allows no further restart"
@@ -50,7 +64,3 @@ class Recovery:
             raise kind(f"{step}: {lost}; {limit}") from lost
         self.restarts += 1
         self.in_row += 1
-        parts.log.console.say(f"{step}: {lost}. The learner starts again from the last checkpoint")
-        parts.learners.restart()
-        parts.algorithm.load_state_dict(copy.deepcopy(self.fresh[0]))
-        parts.data.load_state_dict(copy.deepcopy(self.fresh[1]))

@@ -37,6 +37,8 @@ INSECURE = "PLAIT_INSECURE"
 """Environment variable: 1 lets a run start on a cluster that is open to anybody."""
 ASK_SECONDS = 3.0
 GUARD_SECONDS = 5.0
+SHORT = 24
+"""Characters: Ray appends 70, and the path of a socket has room for 107."""
 
 
 @contextmanager
@@ -80,7 +82,8 @@ def guarded() -> Iterator[str]:
 
     Ray's own helpers would notice only after a minute, and its logs and vLLM's sockets would stay for ever.
     """
-    folder = tempfile.mkdtemp(prefix="plait-ray-")
+    place = tempfile.gettempdir()
+    folder = tempfile.mkdtemp(prefix="plait-ray-", dir=place if len(place) < SHORT else "/tmp")
     mine = {guard.RUN: secrets.token_hex(8), "VLLM_RPC_BASE_PATH": folder}
     before = {name: os.environ.get(name) for name in mine}
     watching = guard.start(guard.RUN, mine[guard.RUN], folder)

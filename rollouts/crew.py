@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from ..engine.errors import RolloutError
-from ..engine.processes import Place, kill_actor
+from ..engine.processes import Place, how_it_died, kill_actor
 from .config import RolloutConfig
 
 TICK = 0.2
@@ -91,7 +91,7 @@ class Crew:
         self.losses: list[Loss] = []
         self.failure: RolloutError | None = None
         """Set when a worker failed at its first start, or the last one was given up: nothing is worth waiting for."""
-        self._replaces = False
+        self.begun = False
         self._lock = threading.RLock()
         self._closed = threading.Event()
         self._numbers = itertools.count()
@@ -105,7 +105,7 @@ class Crew:
 
     def begin(self) -> None:
         """From now on lost workers are replaced; before, the first loss is a failure."""
-        self._replaces = True
+        self.begun = True
 
     def everyone(self) -> list[Member]:
         with self._lock:
@@ -128,7 +128,7 @@ class Crew:
             self._members.remove(member)
             self.losses.append(Loss(member.name, reason, time.monotonic()))
             kill_actor(member.actor, member.place)
-            if not self._replaces:
+            if not self.begun:
                 self.failure = self.failure or RolloutError(f"rollout worker {reason}")
             else:
                 self._replace(member)
@@ -213,4 +213,4 @@ def explain(name: str, error: RayError) -> str:
     if isinstance(error, RayTaskError):
         cause = str(error.cause or error).strip().removeprefix("rollout worker ")
         return cause if cause.startswith(name) else f"{name} failed: {cause}"
-    return f"{name} died: {str(error).strip().splitlines()[-1].strip()}"
+    return f"{name} died: {how_it_died(error)}"

@@ -91,6 +91,8 @@ class Pool:
         `stop_token_ids` end a response beside the model's own end-of-sequence tokens.
         """
         self._stop_token_ids = tuple(stop_token_ids)
+        if self._crew.begun:
+            return
         while late := [member for member in self._crew.everyone() if not member.is_up]:
             if self._crew.failure is not None:
                 break

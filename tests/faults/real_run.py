@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import subprocess
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,12 +26,12 @@ SCORING = "scoring process"
 
 
 class RealRun:
-    """`plait train` in a folder of its own; temporary files of all its processes go to `folder`/tmp."""
+    """`plait train` in a folder of its own; temporary files of all its processes go to `tmp`."""
 
     def __init__(self, folder: Path, recipe: dict[str, Any], env: Mapping[str, str] | None = None):
         self.folder, self.mark = folder, secrets.token_hex(8)
-        self.tmp = folder / "tmp"
-        self.tmp.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tmp = Path(tempfile.mkdtemp(prefix="run-", dir="/tmp"))  # sockets need short paths
         rows = [
             {"prompt": f"{i} + {j} =", "answer": str(i + j), "demonstration": str(i + j)}
             for i in range(8)
@@ -102,6 +103,8 @@ class RealRun:
             found = [*map(str, self.processes()), *os.listdir(self.tmp)]
             found += set(os.listdir("/dev/shm")) - self.shared_memory
             took = time.monotonic() - started
+            if not found:
+                self.tmp.rmdir()
             if not found or took > seconds:
                 return found, took
             time.sleep(0.1)

@@ -162,5 +162,5 @@ def test_restarts_are_bounded(start_run) -> None:
         os.kill(run.ranks._ranks[0].place.pid, signal.SIGKILL)
 
     run.ranks.wait_started = killed  # type: ignore[method-assign]
-    with pytest.raises(LearnerError, match=r"2 restarts in a row led to no finished step"):
+    with pytest.raises(LearnerError, match=r"3 restarts in a row led to no finished step"):
         run.train()
