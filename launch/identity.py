@@ -30,6 +30,9 @@ FREE = (
     "run.wait_seconds",
     "checkpoint.*",
     "loop.save_batch_every",
+    "*.max_restarts",
+    "loop.stall_seconds",
+    "rollouts.max_reissues",
     "*timeout_seconds",
 )
 """Fields that change no number of a run."""
