@@ -47,6 +47,13 @@ def marked(mark: str, variable: str = SCORING) -> list[int]:
     return found
 
 
+def is_tracker(pid: int) -> bool:
+    """Python's own process that unlinks the shared memory of those that were killed, and ends after them."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
+        return b"multiprocessing.resource_tracker" in file.read()
+    return False
+
+
 def group_size(group: int) -> int:
     """Number of processes in a process group. Reads no files, since those of a forking process block for long."""
     count = 0
@@ -57,14 +64,19 @@ def group_size(group: int) -> int:
 
 
 def kill_marked(mark: str, variable: str = SCORING) -> None:
-    """SIGKILL every marked process, until none is left or 2 s have passed.
+    """SIGKILL every marked process, until none is left or 2 s have passed; a tracker gets half of that to clean up.
 
     Scoring processes with their process group, because killing a group is atomic: processes that fork cannot outrun it.
     """
-    give_up = time.monotonic() + _KILL_SECONDS
-    own_group = os.getpgrp()
-    while (pids := marked(mark, variable)) and time.monotonic() < give_up:
+    started, own_group = time.monotonic(), os.getpgrp()
+    while (pids := marked(mark, variable)) and time.monotonic() < started + _KILL_SECONDS:
         for pid in pids:
+            if (
+                variable == RUN
+                and is_tracker(pid)
+                and time.monotonic() < started + _KILL_SECONDS / 2
+            ):
+                continue
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 group = os.getpgid(pid)
                 if variable == RUN or group == own_group:

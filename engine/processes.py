@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .guard import is_tracker
+
 _PR_SET_PDEATHSIG = 1
 
 
@@ -60,9 +62,14 @@ def family(pid: int) -> list[int]:
 
 
 def kill_family(pid: int) -> None:
-    """SIGKILL a process and its descendants; what is gone already is no error."""
+    """SIGKILL a process and its descendants; what is gone already is no error.
+
+    Trackers of shared memory are left to end by themselves: they clean up after the others.
+    """
     members = family(pid)
     for one in members:
+        if is_tracker(one):
+            continue
         with contextlib.suppress(ProcessLookupError):
             os.kill(one, signal.SIGKILL)
 

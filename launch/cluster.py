@@ -7,6 +7,7 @@ the run refuses to start.
 
 from __future__ import annotations
 
+import getpass
 import ipaddress
 import logging
 import os
@@ -84,7 +85,14 @@ def guarded() -> Iterator[str]:
     """
     place = tempfile.gettempdir()
     folder = tempfile.mkdtemp(prefix="plait-ray-", dir=place if len(place) < SHORT else "/tmp")
-    mine = {guard.RUN: secrets.token_hex(8), "VLLM_RPC_BASE_PATH": folder}
+    mine = {
+        guard.RUN: secrets.token_hex(8),
+        "TMPDIR": folder,
+        "VLLM_RPC_BASE_PATH": folder,
+        # What torch compiles is a cache that later runs use.
+        "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+        or f"{place}/torchinductor_{getpass.getuser()}",
+    }
     before = {name: os.environ.get(name) for name in mine}
     watching = guard.start(guard.RUN, mine[guard.RUN], folder)
     os.environ.update(mine)

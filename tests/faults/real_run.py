@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import secrets
@@ -52,7 +53,13 @@ class RealRun:
         self.driver = subprocess.Popen(
             plait_command("train", "recipe.yaml"),
             cwd=folder,
-            env={**os.environ, MARK: self.mark, "TMPDIR": str(self.tmp), **(env or {})},
+            env={
+                **os.environ,
+                MARK: self.mark,
+                "TMPDIR": str(self.tmp),
+                "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}",
+                **(env or {}),
+            },
             stdout=self.output,
             stderr=subprocess.STDOUT,
         )
