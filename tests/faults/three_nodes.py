@@ -54,7 +54,11 @@ class Story:
         )
 
         def said() -> str:
-            return client.get_job_logs(job)[-3000:]
+            return f"{client.get_job_status(job).value}: {client.get_job_logs(job)[-3000:]}"
+
+        def begun() -> bool:
+            assert not client.get_job_status(job).is_terminal(), said()
+            return bool(trained_steps(self.run))
 
         def steps_more(n: int) -> float:
             """Median seconds of the next n steps, the one under way left out."""
@@ -62,7 +66,7 @@ class Story:
             wait_for(lambda: len(trained_steps(self.run)) >= first + n + 1, STEP_SECONDS, said)
             return median(self.step_seconds()[first + 1 : first + n + 1])
 
-        wait_for(lambda: trained_steps(self.run), 200, said)
+        wait_for(begun, 200, said)
         found: dict[str, Any] = {"start": time.monotonic() - began}
         wait_for(lambda: self.serving() == 2, 60, said)
         found["step_with_two"] = steps_more(STEPS_A_PHASE)
@@ -72,9 +76,9 @@ class Story:
         found["step_with_one"] = steps_more(STEPS_A_PHASE)
 
         self.cluster.add_node(num_cpus=1, resources={"roll": 1})
-        begun = time.monotonic()
+        back = time.monotonic()
         wait_for(lambda: self.serving() == 2, 120, said)
-        found["rejoined"] = time.monotonic() - begun
+        found["rejoined"] = time.monotonic() - back
         found["step_with_two_again"] = steps_more(STEPS_A_PHASE)
 
         self.cluster.add_node(num_cpus=1, resources={"learn": 1, "roll": 1})
@@ -91,9 +95,9 @@ class Story:
 
     def until_next_step(self, said: Any) -> float:
         """Seconds until a step is finished that nobody had finished before."""
-        begun, most = time.monotonic(), max(trained_steps(self.run))
+        since, most = time.monotonic(), max(trained_steps(self.run))
         wait_for(lambda: max(trained_steps(self.run), default=0) > most, 150, said)
-        return time.monotonic() - begun
+        return time.monotonic() - since
 
     def step_seconds(self) -> list[float]:
         rows = read_lines(self.run / "metrics.jsonl")
