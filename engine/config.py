@@ -188,7 +188,8 @@ class LearnerConfig(Section):
 
 class EvalConfig(Section):
     num_prompts: int = Field(default=128, ge=0)
-    """Held-out prompts, never trained on; 0 switches evaluation off."""
+    """Prompts held out of the training data, never trained on; 0: none. Without them and without data.eval_sets there
+    is no evaluation."""
     every: int = Field(default=0, ge=0)
     """Evaluate each so many steps; 0: only before the first and after the last step."""
     temperature: float = Field(default=0.0, ge=0)

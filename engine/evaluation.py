@@ -1,17 +1,24 @@
-"""Accuracy of a model on held-out prompts, with its uncertainty, and pass@k."""
+"""Accuracy of a model on held-out prompts, with its uncertainty, pass@k and maj@k, also by data set and difficulty."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from math import comb
 from statistics import fmean
+from typing import Any
 
 from .config import EvalConfig
-from .types import Prompt, RolloutGroup, RolloutRequest, Sampling
+from .types import Prompt, RolloutGroup, RolloutRequest, Sampling, Score
 
 SUCCESS = 1.0
 """Reward from which a rollout counts as correct in accuracy metrics."""
+HELD_OUT = "held_out"
+"""Name of the prompts that belong to no part of a mixture and to no evaluation set, where others do."""
+MAX_LEVELS = 10
+"""Different difficulties that are reported one by one; more are reported in quarters."""
 _Z = 1.96
 
 
@@ -30,6 +37,15 @@ class EvalResult:
     mean_response_length: float
     pass_at: Mapping[str, float] = field(default_factory=dict)
     """k -> pass@k for powers of two, over prompts with at least k scored rollouts; empty with one rollout a prompt."""
+    maj_at: Mapping[str, float] = field(default_factory=dict)
+    """k -> maj@k for powers of two, over `num_voted` prompts; empty with one rollout a prompt."""
+    num_voted: int = 0
+    """Prompts of which every score that is known tells its answer (Score.answer)."""
+    sets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """The fields above for each part of a mixture and each evaluation set; empty where there is one. Those that need
+    a known score are absent where there is none."""
+    difficulties: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """As `sets`, by the column `difficulty`, within each set."""
 
 
 def evaluation_requests(
@@ -42,6 +58,17 @@ def evaluation_requests(
 
 def evaluate_groups(groups: Sequence[RolloutGroup]) -> EvalResult:
     """Raises ValueError where no score is known."""
+    named = {group.prompt.part for group in groups} != {""}
+    levels = difficulty_levels([group.prompt for group in groups])
+    return replace(
+        measure(groups),
+        sets=slices(groups, lambda prompt: prompt.part or HELD_OUT) if named else {},
+        difficulties=slices(groups, lambda prompt: levels.get(prompt.prompt_id)),
+    )
+
+
+def measure(groups: Sequence[RolloutGroup]) -> EvalResult:
+    """Of all groups together. Raises ValueError where no score is known."""
     rewards = [reward for group in groups for reward in group.rewards]
     total = sum(len(group.scores) for group in groups)
     if not rewards:
@@ -63,7 +90,108 @@ def evaluate_groups(groups: Sequence[RolloutGroup]) -> EvalResult:
         num_unknown=total - len(rewards),
         mean_response_length=fmean(lengths),
         pass_at=pass_at_powers(counts),
+        maj_at=majority_at_powers(groups),
+        num_voted=sum(map(tells_answers, groups)),
     )
+
+
+def slices(
+    groups: Sequence[RolloutGroup], name_of: Callable[[Prompt], str | None]
+) -> dict[str, dict[str, Any]]:
+    """What `measure` says of the groups of each name, in order of their names; None is in no slice."""
+    found: dict[str, list[RolloutGroup]] = {}
+    for group in groups:
+        if (name := name_of(group.prompt)) is not None:
+            found.setdefault(name, []).append(group)
+    return {name: describe(mine) for name, mine in sorted(found.items())}
+
+
+def describe(groups: Sequence[RolloutGroup]) -> dict[str, Any]:
+    total = sum(len(group.scores) for group in groups)
+    if not any(group.rewards for group in groups):
+        return {"num_prompts": len(groups), "num_scored": 0, "num_unknown": total}
+    found = asdict(measure(groups))
+    del found["sets"], found["difficulties"]
+    return found
+
+
+def difficulty_levels(prompts: Sequence[Prompt]) -> dict[str, str]:
+    """Prompt id -> name of its difficulty within its set; without prompts that have none and sets with one value."""
+    values: dict[str, dict[str, float]] = {}
+    for prompt in prompts:
+        if prompt.difficulty is not None:
+            values.setdefault(prompt.part, {})[prompt.prompt_id] = prompt.difficulty
+    found = {}
+    for part, mine in values.items():
+        levels = sorted(set(mine.values()))
+        if len(levels) < 2:
+            continue
+        first = levels
+        if len(levels) > MAX_LEVELS:
+            ranked = sorted(mine.values())
+            first = sorted({ranked[i * len(ranked) // 4] for i in range(4)})
+        bins = [[v for v in levels if bisect_right(first, v) == i + 1] for i in range(len(first))]
+        labels = [f"{b[0]:g}" if len(b) == 1 else f"{b[0]:g}..{b[-1]:g}" for b in bins]
+        prefix = f"{part}/" if part else ""
+        for prompt_id, value in mine.items():
+            found[prompt_id] = prefix + labels[bisect_right(first, value) - 1]
+    return found
+
+
+def flat_result(result: Mapping[str, Any]) -> dict[str, float]:
+    """Fields of an EvalResult as metrics: names as in docs/metrics.md, without `eval/`."""
+    found: dict[str, float] = {}
+    for name, value in result.items():
+        match name:
+            case "pass_at" | "maj_at":
+                short = name.removesuffix("_at")
+                found |= {f"{short}@{k}": number for k, number in value.items()}
+            case "sets" | "difficulties":
+                short = {"sets": "set", "difficulties": "difficulty"}[name]
+                for label, mine in value.items():
+                    found |= {f"{short}/{label}/{n}": v for n, v in flat_result(mine).items()}
+            case _:
+                found[name] = value
+    return found
+
+
+def majority_at_powers(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """maj@1, 2, 4, ... up to the most rollouts of a prompt: of each prompt the mean over blocks of k rollouts in a row.
+
+    Over the prompts that tell their answers and have at least one block of k with a known score.
+    """
+    voters = [group.scores for group in groups if tells_answers(group)]
+    most, found, k = max(map(len, voters), default=0), dict[str, float](), 1
+    while k <= most and most > 1:
+        means = []
+        for scores in voters:
+            blocks = (majority(scores[i : i + k]) for i in range(0, len(scores) - k + 1, k))
+            known = [right for right in blocks if right is not None]
+            if known:
+                means.append(fmean(known))
+        if means:
+            found[str(k)] = fmean(means)
+        k *= 2
+    return found
+
+
+def tells_answers(group: RolloutGroup) -> bool:
+    known = [score for score in group.scores if score.reward is not None]
+    return bool(known) and all(score.answer is not None for score in known)
+
+
+def majority(scores: Sequence[Score]) -> bool | None:
+    """Whether the most frequent answer is right, the first one of equals; None where no score is known.
+
+    A response that names no answer has no vote, nor has one with an UNKNOWN score. Nobody's vote is a wrong answer.
+    """
+    known = [score for score in scores if score.reward is not None]
+    votes = [score for score in known if score.answer]
+    if not votes:
+        return False if known else None
+    winner, _ = Counter(score.answer for score in votes).most_common(1)[0]
+    first = next(score for score in votes if score.answer == winner)
+    return first.reward is not None and first.reward >= SUCCESS
 
 
 def pass_at_powers(counts: Sequence[tuple[int, int]]) -> dict[str, float]:

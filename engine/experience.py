@@ -64,7 +64,9 @@ class Prompt:
     """Responses that pairwise expert losses hold against the first demonstration."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     part: str = ""
-    """Part of a data mixture that it was drawn from; "" where the data is not mixed."""
+    """Part of a data mixture, or evaluation set, that it was drawn from; "" where it belongs to neither."""
+    difficulty: float | None = None
+    """Larger is harder; None where the data does not say."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,7 +99,7 @@ def begin(
     state = parts.checkpoints.restore(parts.algorithm, parts.data, parts.learners)
     parts.log.begin(state, config.steps)
     publish(parts, state)
-    if state.step == 0 and evaluation.num_prompts:
+    if state.step == 0 and parts.data.eval_prompts:
         known = before.eval_before if before is not None else None
         try:
             state.eval_before = known or evaluate(parts, evaluation, sampling, state)
@@ -125,7 +125,7 @@ def go_on(
     record_step(config, parts, state, done)
 
     last, best = end_reason(config, state) is not None, False
-    if evaluation.num_prompts and (last or due(state.step, evaluation.every)):
+    if parts.data.eval_prompts and (last or due(state.step, evaluation.every)):
         best = state.note_evaluation(evaluate(parts, evaluation, sampling, state))
     if last or best or due(state.step, parts.checkpoints.every):
         with parts.log.phase("checkpoint"):

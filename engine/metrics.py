@@ -15,7 +15,7 @@ from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .durable import replace_durably
-from .evaluation import SUCCESS, EvalResult
+from .evaluation import SUCCESS, EvalResult, flat_result
 from .failpoints import reach
 from .step_record import STEPS_FILE, StepRecord
 from .types import Prompt, Rollout, RolloutGroup, RolloutRequest, Source, Update, UpdateReport
@@ -264,15 +264,21 @@ class RunLog:
         self, state: RunState, groups: Sequence[RolloutGroup], result: EvalResult
     ) -> None:
         write_rollouts(self.folder / "rollouts" / f"eval-{state.step:06d}.jsonl", groups)
-        numbers = asdict(result)
-        pass_at = numbers.pop("pass_at")
-        row = {f"eval/{name}": value for name, value in numbers.items()}
-        self._write(state.step, row | {f"eval/pass@{k}": value for k, value in pass_at.items()})
+        row = {f"eval/{name}": value for name, value in flat_result(asdict(result)).items()}
+        self._write(state.step, row)
         self.console.say(
             f"eval after {state.step} steps: accuracy {result.accuracy:.3f} "
             f"[{result.low:.3f}, {result.high:.3f}] on {result.num_scored} scored, "
             f"{result.num_unknown} unknown"
         )
+        for name, mine in result.sets.items():
+            if "accuracy" in mine:
+                self.console.say(
+                    f"  {name}: accuracy {mine['accuracy']:.3f} [{mine['low']:.3f}, {mine['high']:.3f}] "
+                    f"on {mine['num_scored']} scored, {mine['num_unknown']} unknown"
+                )
+            else:
+                self.console.say(f"  {name}: all {mine['num_unknown']} scores unknown")
         state.seconds = dict(self.seconds)
         self._step_seconds.pop("eval", None)
         self._step_started = time.perf_counter()

@@ -138,7 +138,7 @@ def plan_run(
     apply_override(raw, f"run.dir={output / 'runs'}")
     apply_override(raw, f"run.name={label.replace(':', '.')}-{number}")
     recipe = validate(raw)
-    if recipe.reward is None or recipe.eval.num_prompts == 0:
+    if recipe.reward is None or not recipe.evaluates:
         raise ConfigError.at(
             "eval.num_prompts",
             recipe.eval.num_prompts,

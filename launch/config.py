@@ -80,6 +80,10 @@ class Recipe(Section):
         return Path(self.run.dir) / self.run.name
 
     @property
+    def evaluates(self) -> bool:
+        return self.eval.num_prompts > 0 or bool(self.data.eval_sets)
+
+    @property
     def sampling(self) -> Sampling:
         """How training rollouts are drawn."""
         rollouts = self.rollouts
@@ -433,9 +437,7 @@ def unfed_by(section: str, algorithm: AlgorithmBase) -> list[Problem]:
 
 
 def needs_reward(recipe: Recipe) -> bool:
-    return recipe.eval.num_prompts > 0 or any(
-        samples_rollouts(config) for config in recipe.algorithm.sections.values()
-    )
+    return recipe.evaluates or any(map(samples_rollouts, recipe.algorithm.sections.values()))
 
 
 def samples_rollouts(config: AlgorithmConfig) -> bool:

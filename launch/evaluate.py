@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..engine.errors import ConfigError
+from .console import wide_console
 from .placement import reserve
 from .run import check_inputs, load_prompts, start_pool
 from .scoring import open_scorer
@@ -21,7 +23,7 @@ def evaluate(recipe: Recipe, model_path: str, output: Path | None = None) -> dic
 
     The completions and their scores go into `output`, one JSON object a line.
     """
-    if recipe.reward is None or recipe.eval.num_prompts == 0:
+    if recipe.reward is None or not recipe.evaluates:
         raise ConfigError.at(
             "eval.num_prompts", recipe.eval.num_prompts, "evaluation needs prompts and a reward"
         )
@@ -46,3 +48,39 @@ def evaluate(recipe: Recipe, model_path: str, output: Path | None = None) -> dic
         output.parent.mkdir(parents=True, exist_ok=True)
         write_rollouts(output, groups)
     return {"model": model_path, **asdict(evaluate_groups(groups))}
+
+
+def show(result: Mapping[str, Any]) -> None:
+    """A table with a line for all prompts, each set and each difficulty; then where a number comes from few prompts."""
+    from rich.table import Table
+
+    pass_at, maj_at = result["pass_at"], result["maj_at"]
+    table = Table()
+    table.add_column("")
+    columns = ["prompts", "scored", "unknown", "accuracy", "95 %", "mean reward"]
+    columns += [f"pass@{k}" for k in pass_at] + [f"maj@{k}" for k in maj_at]
+    for column in columns:
+        table.add_column(column, justify="right")
+    lines = {"all": result, **result["sets"]}
+    lines |= {f"difficulty {name}": mine for name, mine in result["difficulties"].items()}
+    for name, mine in lines.items():
+        low, high = shown(mine.get("low")), shown(mine.get("high"))
+        table.add_row(
+            name,
+            *(str(mine[key]) for key in ("num_prompts", "num_scored", "num_unknown")),
+            shown(mine.get("accuracy")),
+            f"{low}..{high}" if "low" in mine else "-",
+            shown(mine.get("mean_reward")),
+            *(shown(mine.get("pass_at", {}).get(k)) for k in pass_at),
+            *(shown(mine.get("maj_at", {}).get(k)) for k in maj_at),
+        )
+    console = wide_console()
+    console.print(table)
+    if maj_at and result["num_voted"] < result["num_prompts"]:
+        console.print(
+            f"maj@k is over {result['num_voted']} of {result['num_prompts']} prompts: the others' scores tell no answer"
+        )
+
+
+def shown(number: float | None) -> str:
+    return "-" if number is None else f"{number:.3f}"

@@ -32,9 +32,10 @@ def evaluate(
 ) -> None:
     """Score a model on the held-out prompts: a run's export, or the model a recipe names.
 
-    Several answers a prompt give pass@k: eval.rollouts_per_prompt=8 eval.temperature=1.
+    Several answers a prompt give pass@k and maj@k: eval.rollouts_per_prompt=8 eval.temperature=1.
     """
     from .evaluate import evaluate as run
+    from .evaluate import show
     from .model import resolve_model
     from .run import check_inputs, load_run
 
@@ -51,11 +52,7 @@ def evaluate(
     if as_json:
         print(json.dumps(result))
     else:
-        print(
-            f"accuracy {result['accuracy']:.3f} [{result['low']:.3f}, {result['high']:.3f}], "
-            f"mean reward {result['mean_reward']:.3f}, {result['num_scored']} scored, {result['num_unknown']} unknown"
-        )
-        print("".join(f"pass@{k} {value:.3f}  " for k, value in result["pass_at"].items()).strip())
+        show(result)
 
 
 def probe(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 PROBE_SETTINGS = "probe.json"
-NOT_READ = ("sampling", "filter", "admission", "probe")
+NOT_READ = ("sampling", "filter", "admission", "probe", "eval_sets")
 """Fields of `data` that change neither prompts nor their order."""
 
 

@@ -1,5 +1,6 @@
 """The recipe's `rollouts` section, and `data`: what rows are read, and how a run draws from them (docs/data.md)."""
 
+import re
 from collections import Counter
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
@@ -7,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
 
 from ..engine.config import Section
+from ..engine.evaluation import HELD_OUT
 from .admission_policy import AdmissionConfig
 
 
@@ -130,30 +132,6 @@ class FilterConfig(Section):
         return self
 
 
-class DrawSection(Section):
-    """How a run draws prompts, whatever they are read from."""
-
-    seed: int = 0
-    """Orders prompts and draws the held-out split; independent of run.seed."""
-    hint_template: str = "{prompt}\n\nA solution may begin like this:\n\n{hint}"
-    """The user's turn where a method shows a hint: `{prompt}` stands for the turn without it."""
-    sampling: SamplingConfig = ShuffledSampling(type="shuffled")
-    """Which training prompts come next; the expert stream is always shuffled."""
-    filter: FilterConfig | None = None
-    """null: every prompt is drawn for ever."""
-    probe: str | None = None
-    """rates.jsonl of `plait probe`: what the start model can do counts as a first visit of each prompt in it, for
-    `sampling: difficulty`, for `filter`, and for `algorithm.skip_out_of_reach_steps`."""
-    admission: AdmissionConfig = AdmissionConfig()
-
-    @property
-    def observing(self) -> Literal["sampling", "filter"] | None:
-        """The field that depends on how rollouts of the prompts went."""
-        if isinstance(self.sampling, DifficultySampling):
-            return "sampling"
-        return None if self.filter is None else "filter"
-
-
 class WordsSection(Section):
     """How rows become conversations."""
 
@@ -233,18 +211,6 @@ class HuggingFaceRows(TableSection):
     split: str = "train"
 
 
-class ReasoningGymData(ReasoningGymRows, DrawSection):
-    pass
-
-
-class JsonlData(JsonlRows, DrawSection):
-    pass
-
-
-class HuggingFaceData(HuggingFaceRows, DrawSection):
-    pass
-
-
 FILE_KINDS = {
     "parquet": "parquet",
     "csv": "csv",
@@ -269,6 +235,60 @@ RowsConfig = Annotated[
     Annotated[ReasoningGymRows | JsonlRows | HuggingFaceRows, Field(discriminator="type")],
     BeforeValidator(_refuse_file_kinds),
 ]
+
+
+class EvalSet(Section):
+    data: RowsConfig
+    reward: str | None = None
+    """Reward of the rows that name none; null: the recipe's."""
+
+
+class DrawSection(Section):
+    """How a run draws prompts, whatever they are read from."""
+
+    seed: int = 0
+    """Orders prompts and draws the held-out split; independent of run.seed."""
+    hint_template: str = "{prompt}\n\nA solution may begin like this:\n\n{hint}"
+    """The user's turn where a method shows a hint: `{prompt}` stands for the turn without it."""
+    sampling: SamplingConfig = ShuffledSampling(type="shuffled")
+    """Which training prompts come next; the expert stream is always shuffled."""
+    filter: FilterConfig | None = None
+    """null: every prompt is drawn for ever."""
+    probe: str | None = None
+    """rates.jsonl of `plait probe`: what the start model can do counts as a first visit of each prompt in it, for
+    `sampling: difficulty`, for `filter`, and for `algorithm.skip_out_of_reach_steps`."""
+    admission: AdmissionConfig = AdmissionConfig()
+    eval_sets: dict[str, EvalSet] = Field(default={})
+    """Data sets to evaluate on beside the held-out prompts, by name. All of their rows are asked."""
+
+    @model_validator(mode="after")
+    def _sets_have_names(self) -> "DrawSection":
+        wrong = [name for name in self.eval_sets if not re.fullmatch(r"[\w.-]+", name)]
+        if wrong or HELD_OUT in self.eval_sets:
+            raise ValueError(
+                f"eval_sets: {(wrong or [HELD_OUT])[0]!r} is no name for a set; use letters, digits, '_', '.' and '-', "
+                f"and not {HELD_OUT}"
+            )
+        return self
+
+    @property
+    def observing(self) -> Literal["sampling", "filter"] | None:
+        """The field that depends on how rollouts of the prompts went."""
+        if isinstance(self.sampling, DifficultySampling):
+            return "sampling"
+        return None if self.filter is None else "filter"
+
+
+class ReasoningGymData(ReasoningGymRows, DrawSection):
+    pass
+
+
+class JsonlData(JsonlRows, DrawSection):
+    pass
+
+
+class HuggingFaceData(HuggingFaceRows, DrawSection):
+    pass
 
 
 class MixturePart(Section):

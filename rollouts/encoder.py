@@ -38,6 +38,7 @@ class Encoder:
             rejected=tuple(self._rejected(record, ids, ledger)),
             metadata=record.metadata,
             part=record.part,
+            difficulty=record.difficulty,
         )
         return TrainRow(prompt, record.origin, tuple(shown), refused)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate
 from typing import overload
@@ -95,15 +96,21 @@ def apportion(total: int, weights: Sequence[float]) -> list[int]:
 
 
 def _read(config: MixtureData, number: int, num_eval: int, read_part: ReadPart) -> Records:
-    """One part; what is wrong with it is reported at its place in the recipe."""
+    """One part."""
     part = config.parts[number]
     # Two parts of one generator, or of one file, must not draw the same rows.
     seed = int.from_bytes(derive_key(config.seed, part.label)[:4], "little")
-    try:
+    with placed(f"data.parts.{number}.data"):
         return read_part(part.data, num_eval, seed)
+
+
+@contextmanager
+def placed(place: str) -> Iterator[None]:
+    """What is wrong with a data section is reported at its place in the recipe."""
+    try:
+        yield
     except ConfigError as error:
         kind = HubError if isinstance(error, HubError) else ConfigError
-        place = f"data.parts.{number}.data"
         raise kind(
             [
                 Problem(place + p.path.removeprefix("data"), p.value, p.message)

@@ -23,6 +23,7 @@ from .config import (
     MixtureData,
     ReasoningGymRows,
 )
+from .eval_sets import add_eval_sets
 from .generated import generate_problems
 from .huggingface import open_table
 from .mixture import mix
@@ -39,8 +40,10 @@ def read_records(config: DataConfig, num_eval: int = 0) -> Records:
     """
     check_hint_template(config)
     if isinstance(config, MixtureData):
-        return mix(config, num_eval, read_part)
-    return read_part(config, num_eval, config.seed)
+        records = mix(config, num_eval, read_part)
+    else:
+        records = read_part(config, num_eval, config.seed)
+    return add_eval_sets(records, config, read_part) if config.eval_sets else records
 
 
 def check_hint_template(config: DrawSection) -> None:

@@ -32,3 +32,6 @@ def test_eval_agrees_with_a_direct_count(tmp_path: Path) -> None:
     for k in (1, 2, 4):
         chance = fmean(1 - comb(ROLLOUTS - c, k) / comb(ROLLOUTS, k) for c in right.values())
         assert result["pass_at"][str(k)] == pytest.approx(chance)
+    assert result["num_voted"] == PROMPTS
+    assert set(result["maj_at"]) == {"1", "2", "4"}
+    assert result["maj_at"]["1"] == pytest.approx(result["accuracy"])
