@@ -109,6 +109,9 @@ class IdentityData:
     def find(self, prompt_id: str) -> Prompt:
         return self.prompts[int(prompt_id) - FIRST]
 
+    def is_out_of_reach(self, prompt_id: str) -> bool:
+        return False
+
     def show_hint(self, prompt: Prompt, hint: TokenIds) -> Prompt:
         return replace(prompt, token_ids=(START, *hint, prompt.token_ids[-1]))
 
