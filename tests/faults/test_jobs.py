@@ -25,7 +25,7 @@ from job_folder import (
 )
 from ray_head import ROOT, RayHead, processes_below, ray_head
 
-from plait.engine.errors import RunInUse, Stopped
+from plait.engine.errors import RunInUse
 
 TRAIN = ("plait", "train", "recipe.yaml")
 CANARIES = {
@@ -241,4 +241,3 @@ def test_plait_submit(head: RayHead, tmp_path, tiny_model):
     stopped = head.run("plait", "stop", "runs/long", cwd=folder)
     assert "STOPPED" in stopped.stdout, stopped.stdout
     assert list((long_run / "checkpoints").glob("step-*"))
-    assert Stopped.exit_code == 3
