@@ -52,31 +52,30 @@ def evaluate(recipe: Recipe, model_path: str, output: Path | None = None) -> dic
 
 def show(result: Mapping[str, Any]) -> None:
     """A table with a line for all prompts, each set and each difficulty; then where a number comes from few prompts."""
+    from rich.box import SIMPLE
     from rich.table import Table
 
-    pass_at, maj_at = result["pass_at"], result["maj_at"]
-    table = Table()
-    table.add_column("")
-    columns = ["prompts", "scored", "unknown", "accuracy", "95 %", "mean reward"]
-    columns += [f"pass@{k}" for k in pass_at] + [f"maj@{k}" for k in maj_at]
+    ks = {name: [k for k in result[f"{name}_at"] if k != "1"] for name in ("pass", "maj")}
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    columns = ["prompts", "scored", "unknown", "accuracy", "95 %"]
+    columns += [f"{name}@{k}" for name, mine in ks.items() for k in mine]
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     lines = {"all": result, **result["sets"]}
     lines |= {f"difficulty {name}": mine for name, mine in result["difficulties"].items()}
     for name, mine in lines.items():
-        low, high = shown(mine.get("low")), shown(mine.get("high"))
+        interval = f"{shown(mine['low'])}..{shown(mine['high'])}" if "low" in mine else "-"
         table.add_row(
             name,
             *(str(mine[key]) for key in ("num_prompts", "num_scored", "num_unknown")),
             shown(mine.get("accuracy")),
-            f"{low}..{high}" if "low" in mine else "-",
-            shown(mine.get("mean_reward")),
-            *(shown(mine.get("pass_at", {}).get(k)) for k in pass_at),
-            *(shown(mine.get("maj_at", {}).get(k)) for k in maj_at),
+            interval,
+            *(shown(mine.get(f"{n}_at", {}).get(k)) for n, all_k in ks.items() for k in all_k),
         )
     console = wide_console()
     console.print(table)
-    if maj_at and result["num_voted"] < result["num_prompts"]:
+    if ks["maj"] and result["num_voted"] < result["num_prompts"]:
         console.print(
             f"maj@k is over {result['num_voted']} of {result['num_prompts']} prompts: the others' scores tell no answer"
         )

@@ -20,6 +20,7 @@ from plait.engine.evaluation import (
     wilson_interval,
 )
 from plait.engine.types import Prompt
+from plait.launch.evaluate import show
 
 from .test_metrics import PROMPT, group
 
@@ -188,3 +189,22 @@ def test_accuracy_by_difficulty() -> None:
     found = evaluate_groups(groups).difficulties
     assert {name: mine["accuracy"] for name, mine in found.items()} == {"0": 1.0, "1": 0.0}
     assert (found["0"]["low"], found["0"]["high"]) == wilson_interval(3, 3)
+
+
+def test_the_table_shows_every_set_and_difficulty(capsys) -> None:
+    groups = [
+        voted("4", "4", prompt=of("gsm8k", 0, difficulty=1)),
+        voted("5", "4", prompt=of("gsm8k", 1, difficulty=2)),
+        group(0.0, 0.0, prompt=of("", 0)),
+        replace(group(None, None), prompt=of("silent", 0)),
+    ]
+    show(asdict(evaluate_groups(groups)))
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split("  ")[0].strip(): line.split() for line in lines}
+    assert rows["all"][1:5] == ["4", "6", "2", "0.500"]
+    assert rows["gsm8k"][1:5] == ["2", "4", "0", "0.750"]
+    assert rows["gsm8k"][-2:] == ["1.000", "0.500"], "pass@2, maj@2"
+    assert rows["held_out"][4] == "0.000"
+    assert rows["silent"][1:] == ["1", "0", "2", "-", "-", "-", "-"]
+    assert rows["difficulty gsm8k/2"][2:6] == ["1", "2", "0", "0.500"]
+    assert any("over 2 of 4 prompts" in line for line in lines)
