@@ -39,8 +39,8 @@ def test_f6_f7_nodes_leave_and_come_back(measured) -> None:
     assert rollout["after"] >= 1.5 * rollout["during"]
     measured(
         "F6",
-        f"goodput {goodput:.2f} of (n-1)/n, detected {rollout['detected']:.1f} s, lost samples 0, back "
-        f"{rollout['back']:.1f} s after its node",
+        f"goodput {goodput:.2f} of (n-1)/n once the loss was known, after {rollout['detected']:.1f} s; "
+        f"lost samples 0, back {rollout['back']:.1f} s after its node",
     )
     assert learner["elsewhere"]
     assert "learner rank 0" in learner["lost"]
