@@ -126,9 +126,10 @@ def read_moments(
                     "learner.zero_stage counts together; resume with the stage that wrote the checkpoint"
                 )
             for key in keys:
-                values = state.setdefault(key, torch.zeros_like(fragment.master))
+                if key not in state:  # one tensor for all fragments of a master weight
+                    state[key] = torch.zeros_like(fragment.master)
                 name = f"{prefix}{key}/{fragment.name}"
-                fragment.of(values).copy_(reader.read(name, fragment.piece))
+                fragment.of(state[key]).copy_(reader.read(name, fragment.piece))
     return sets
 
 
@@ -142,10 +143,9 @@ def restore_mask(
     for fragment in held:
         name = f"{engine.name}/mask/{fragment.name}"
         if name in reader:
-            mask = masks.setdefault(
-                fragment.master, torch.zeros_like(fragment.master, dtype=torch.bool)
-            )
-            fragment.of(mask).copy_(reader.read(name, fragment.piece))
+            if fragment.master not in masks:
+                masks[fragment.master] = torch.zeros_like(fragment.master, dtype=torch.bool)
+            fragment.of(masks[fragment.master]).copy_(reader.read(name, fragment.piece))
     engine.mask.restore(found[0]["mask"], masks)
 
 
