@@ -68,7 +68,7 @@ class ProcessPool:
         self._closing = threading.Event()
         self._failure: PlaitError | None = None
         self._example: Job | None = None
-        """A job that was graded well: new processes begin with it, since first calls are slow."""
+        """A job that was graded well: replacements begin with it, since first calls are slow."""
         self._guard = guard.start(guard.SCORING, self._mark)
         self._started = [threading.Event() for _ in range(config.num_workers)]
         # The kernel ends a process with the *thread* that started it, so these live as long as the pool.
@@ -122,7 +122,7 @@ class ProcessPool:
             process = None
             try:
                 process = self._start(f"{self._mark}-{number}-{generation}.")
-                if self._warm(process):
+                if generation == 0 or self._warm(process):
                     self._started[number].set()
                     self._feed(process)
             except Cancelled:

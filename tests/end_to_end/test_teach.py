@@ -14,7 +14,7 @@ from end_to_end.test_smollm2 import recipe as smollm2_recipe
 from end_to_end.test_train import wait_for
 
 PROMPTS = 80
-PROBE = ("--rollouts-per-prompt", "4", "--max-prompts", "16")
+PROBE = ("algorithm.rollouts_per_prompt=4", "--rollouts-per-prompt", "4", "--max-prompts", "16")
 
 
 def sums(**sections) -> dict:
@@ -69,7 +69,7 @@ def test_teach_is_killed_resumed_and_chord_trains_on_its_traces(tmp_path: Path) 
 
 def probe_first_prompts(folder: Path) -> None:
     """The same prompts and answers give the table that a run may read."""
-    done = plait(folder, "probe", "sums.yaml", "--output", "probe", *PROBE, "--json")
+    done = plait(folder, "probe", "sums.yaml", *PROBE, "--output", "probe", "--json")
     report = json.loads(done.stdout.splitlines()[-1])
     rows = read_lines(folder / "probe" / "rates.jsonl")
     assert len(rows) == report["prompts"] == sum(report["classes"].values()) == 16

@@ -5,36 +5,24 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from pathlib import Path
-from typing import Any
 
 import pytest
+from lock_rival import hold
 
 from plait.engine.errors import RunInUse
 from plait.launch.run_lock import LOCK_FILE, lock_run
 
 TRIES = 20
-FORK = multiprocessing.get_context("fork")
-
-
-def hold(folder: Path, start: Any, answer: Any) -> None:
-    """Try to take the folder; the one that gets it writes its name, and reads it again, until it is killed."""
-    start.wait()
-    try:
-        with lock_run(folder):
-            (folder / "writer").write_text(str(os.getpid()))
-            answer.send(("held", os.getpid()))
-            signal.pause()
-    except RunInUse as error:
-        answer.send((str(error), os.getpid()))
+# A fork of the process that runs the tests may not fit into memory.
+SERVER = multiprocessing.get_context("forkserver")
 
 
 def test_f36_two_jobs_on_one_folder(tmp_path, capfd, measured):
     """The holder of one try is killed before the next: its lock is stale, and taken over."""
     corruptions = 0
     for number in range(TRIES):
-        start, pipes = FORK.Event(), [FORK.Pipe() for _ in range(2)]
-        rivals = [FORK.Process(target=hold, args=(tmp_path, start, pipe[1])) for pipe in pipes]
+        start, pipes = SERVER.Event(), [SERVER.Pipe() for _ in range(2)]
+        rivals = [SERVER.Process(target=hold, args=(tmp_path, start, pipe[1])) for pipe in pipes]
         for rival in rivals:
             rival.start()
         start.set()

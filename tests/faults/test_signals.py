@@ -119,7 +119,7 @@ def test_f19_a_second_ctrl_c_ends_at_once(folder, measured):
         start_new_session=True,
     )
     try:
-        journal = folder / "runs" / name / "journal" / "step-000000.json"
+        journal = folder / "runs" / name / "journal" / "step-000001.json"
         wait_for(journal.exists, 120)
         started = time.monotonic()
         # As a terminal does it: to the whole group. The first one is in an update or a wait, the second follows.
