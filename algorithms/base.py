@@ -250,6 +250,11 @@ class AlgorithmBase(ABC):
     @abstractmethod
     def needs(self) -> Mapping[str, frozenset[Need]]: ...
 
+    @property
+    def advantage_only(self) -> Mapping[str, frozenset[Source]]:
+        """Losses whose tokens of some sources get no gradient where their advantage is 0; see contracts.Algorithm."""
+        return {}
+
     def use_prompts(self, data: PromptSource) -> None:
         """The data is loaded: state that names prompts can be read, and hints be shown, from now on."""
         self.setup = replace(
@@ -398,3 +403,11 @@ def regularizer_needs(config: RolloutFields, *, expert: bool = True) -> frozense
     if config.kl_coef > 0:
         needs.add("ref_logprobs")
     return frozenset(needs)
+
+
+def surrogate_only(
+    config: RolloutFields, *sources: Source, loss: str = "main"
+) -> Mapping[str, frozenset[Source]]:
+    """`advantage_only` of a loss that trains these sources with an advantage; an entropy or KL term trains them too."""
+    regularized = config.entropy_coef > 0 or config.kl_coef > 0
+    return {} if regularized else {loss: frozenset(sources)}

@@ -23,8 +23,8 @@ from typing import Literal
 from pydantic import Field
 
 from ..engine.contracts import LossFn, Need
-from ..engine.types import LossOutput, PolicyOutput, Prompt, StepPlan, TrainBatch
-from .base import AlgorithmBase, surrogate_needs
+from ..engine.types import LossOutput, PolicyOutput, Prompt, Source, StepPlan, TrainBatch
+from .base import AlgorithmBase, surrogate_needs, surrogate_only
 from .hybrid import HybridFields, hybrid_loss
 from .schedules import warmup_cosine
 
@@ -55,6 +55,10 @@ class Chord(AlgorithmBase):
     @property
     def losses(self) -> Mapping[str, LossFn]:
         return {"main": partial(chord_loss, config=self.config)}
+
+    @property
+    def advantage_only(self) -> Mapping[str, frozenset[Source]]:
+        return surrogate_only(self.config, Source.POLICY)
 
     @property
     def needs(self) -> Mapping[str, frozenset[Need]]:

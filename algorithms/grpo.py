@@ -32,6 +32,7 @@ from ..engine.types import (
     PolicyOutput,
     RolloutGroup,
     RolloutRequest,
+    Source,
     StepPlan,
     TrainBatch,
     Update,
@@ -44,6 +45,7 @@ from .base import (
     Setup,
     SurrogateFields,
     surrogate_needs,
+    surrogate_only,
 )
 from .losses import Members, Normalizer, entropy_component, kl_component, policy_component
 from .rows import rollout_rows
@@ -106,6 +108,10 @@ class GrpoBase(AlgorithmBase):
     @property
     def losses(self) -> Mapping[str, LossFn]:
         return {"main": partial(grpo_loss, config=self.config)}
+
+    @property
+    def advantage_only(self) -> Mapping[str, frozenset[Source]]:
+        return surrogate_only(self.config, Source.POLICY)
 
     @property
     def needs(self) -> Mapping[str, frozenset[Need]]:

@@ -28,12 +28,13 @@ from ..engine.types import (
     PolicyOutput,
     RolloutGroup,
     Sample,
+    Source,
     StepPlan,
     TrainBatch,
     Update,
 )
 from .advantages import Estimator
-from .base import Setup, surrogate_needs
+from .base import Setup, surrogate_needs, surrogate_only
 from .hybrid import HybridFields, hybrid_loss
 from .losses import Normalizer
 from .reach import ReachFields, ReachGate
@@ -85,6 +86,10 @@ class Hpt(ReachGate):
     @property
     def losses(self) -> Mapping[str, LossFn]:
         return {"main": partial(hpt_loss, config=self.config)}
+
+    @property
+    def advantage_only(self) -> Mapping[str, frozenset[Source]]:
+        return surrogate_only(self.config, Source.POLICY)
 
     @property
     def needs(self) -> Mapping[str, frozenset[Need]]:

@@ -58,20 +58,34 @@ class Members:
     mask: Tensor  # bool [T]
     tokens: int
     rows: int
+    absent_tokens: int = 0
+    """Of `tokens`, how many are not computed because they have no gradient."""
+    absent_rows: int = 0
 
     @classmethod
     def policy(cls, batch: TrainBatch) -> Members:
-        mask = batch.is_trained(Source.POLICY)
-        return cls(mask, batch.denom.policy_tokens, batch.denom.policy_rows)
+        return cls.counted(batch.is_trained(Source.POLICY), batch, "policy_tokens", "policy_rows")
 
     @classmethod
     def expert(cls, batch: TrainBatch) -> Members:
-        mask = batch.is_trained(Source.EXPERT)
-        return cls(mask, batch.denom.expert_tokens, batch.denom.expert_rows)
+        return cls.counted(batch.is_trained(Source.EXPERT), batch, "expert_tokens", "expert_rows")
 
     @classmethod
     def all(cls, batch: TrainBatch) -> Members:
-        return cls(batch.trained, batch.denom.tokens, batch.denom.rows)
+        return cls.counted(batch.trained, batch, "tokens", "rows")
+
+    @classmethod
+    def counted(cls, mask: Tensor, batch: TrainBatch, tokens: str, rows: str) -> Members:
+        """Members with the named counts of the minibatch."""
+        denom, absent = batch.denom, batch.denom.left_out
+        missing = (0, 0) if absent is None else (getattr(absent, tokens), getattr(absent, rows))
+        return cls(mask, getattr(denom, tokens), getattr(denom, rows), *missing)
+
+    @property
+    def computed(self) -> Members:
+        """Those whose values exist: what a metric is a mean over. A loss divides by all."""
+        tokens, rows = self.tokens - self.absent_tokens, self.rows - self.absent_rows
+        return Members(self.mask, tokens, rows)
 
     def mean(self, values: Tensor) -> Tensor:
         """Token mean over the minibatch (this micro-batch's share of it)."""
@@ -168,15 +182,16 @@ def surrogate(
         loss = ceiling.where(dual_clipped, loss)
     correction = sampler_correction(batch, config)
     loss = loss * correction
-    if not members.tokens:
+    computed = members.computed
+    if not computed.tokens:
         return loss, {}
     metrics: Metrics = {
-        "clip_fraction": members.mean(clipped.to(loss.dtype)),
-        "dual_clip_fraction": members.mean(dual_clipped.to(loss.dtype)),
-        "ratio_mean": members.mean(ratio.detach()),
+        "clip_fraction": computed.mean(clipped.to(loss.dtype)),
+        "dual_clip_fraction": computed.mean(dual_clipped.to(loss.dtype)),
+        "ratio_mean": computed.mean(ratio.detach()),
     }
     if config.sampler_ratio_cap is not None:
-        metrics["sampler_weight_mean"] = members.mean(correction)
+        metrics["sampler_weight_mean"] = computed.mean(correction)
     return loss, metrics
 
 

@@ -43,6 +43,7 @@ from .base import (
     PolicyFields,
     credit_groups,
     surrogate_needs,
+    surrogate_only,
 )
 from .grpo import regularize
 from .losses import Members, Normalizer, surrogate
@@ -103,8 +104,9 @@ def luffy_loss(
         metrics["rollout_loss"] = rollout.mean(values.detach())
     if demonstration.tokens:
         metrics["demonstration_loss"] = demonstration.mean(values.detach())
-        metrics["expert_probability"] = demonstration.mean(probability.detach())
-        metrics["shaped_ratio_mean"] = demonstration.mean(shaped.detach())
+    if demonstration.computed.tokens:
+        metrics["expert_probability"] = demonstration.computed.mean(probability.detach())
+        metrics["shaped_ratio_mean"] = demonstration.computed.mean(shaped.detach())
     regularizers, more = regularize(out, batch, config)
     return LossOutput(component + regularizers, {**metrics, **more})
 
@@ -148,6 +150,10 @@ class Luffy(MixedGroups):
     @property
     def losses(self) -> Mapping[str, LossFn]:
         return {"main": partial(luffy_loss, config=self.config)}
+
+    @property
+    def advantage_only(self) -> Mapping[str, frozenset[Source]]:
+        return surrogate_only(self.config, Source.POLICY, Source.EXPERT)
 
     def credit(self, samples: Sequence[Sample]) -> list[Sample]:
         """EXPERT tokens train with an advantage too."""

@@ -38,6 +38,7 @@ from .base import (
     drop_uniform,
     rollout_rows,
     surrogate_needs,
+    surrogate_only,
 )
 from .gae import estimate_gae, explained_variance, whiten
 from .grpo import grpo_loss
@@ -101,6 +102,10 @@ class Ppo(AlgorithmBase):
             "main": partial(grpo_loss, config=self.config),
             "critic": partial(value_loss, config=self.config),
         }
+
+    @property
+    def advantage_only(self) -> Mapping[str, frozenset[Source]]:
+        return surrogate_only(self.config, Source.POLICY)
 
     @property
     def needs(self) -> Mapping[str, frozenset[Need]]:

@@ -41,7 +41,7 @@ from ..engine.types import (
     Update,
 )
 from .advantages import Estimator, uniform_groups
-from .base import AlgorithmBase, PolicyFields, Setup, credit_groups, surrogate_needs
+from .base import AlgorithmBase, PolicyFields, Setup, credit_groups, surrogate_needs, surrogate_only
 from .draws import uniforms
 from .grpo import regularize
 from .losses import Members, Normalizer, policy_component
@@ -167,6 +167,10 @@ class PrefixRft(AlgorithmBase):
     @property
     def losses(self) -> Mapping[str, LossFn]:
         return {"main": partial(prefix_rft_loss, config=self.config)}
+
+    @property
+    def advantage_only(self) -> Mapping[str, frozenset[Source]]:
+        return surrogate_only(self.config, Source.POLICY, Source.EXPERT)
 
     @property
     def needs(self) -> Mapping[str, frozenset[Need]]:

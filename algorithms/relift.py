@@ -32,13 +32,14 @@ from ..engine.types import (
     Prompt,
     RolloutGroup,
     Score,
+    Source,
     StepPlan,
     TrainBatch,
     Update,
     UpdateReport,
 )
 from .advantages import Estimator
-from .base import ExpertFields, PolicyFields, Setup, surrogate_needs
+from .base import ExpertFields, PolicyFields, Setup, surrogate_needs, surrogate_only
 from .grpo import grpo_loss
 from .losses import Members, Normalizer, expert_component
 from .reach import ReachFields, ReachGate
@@ -97,6 +98,10 @@ class Relift(ReachGate):
             "main": partial(grpo_loss, config=self.config),
             "sft": partial(relift_sft_loss, config=self.config),
         }
+
+    @property
+    def advantage_only(self) -> Mapping[str, frozenset[Source]]:
+        return surrogate_only(self.config, Source.POLICY)
 
     @property
     def needs(self) -> Mapping[str, frozenset[Need]]:

@@ -84,8 +84,8 @@ def tapered(
     """-alpha A log p of each token [T], and the mean alpha of rows."""
     alpha = taper(logprobs, writer_logprobs, advantages, members, batch, fields)
     metrics: Metrics = {}
-    if members.rows:
-        metrics["taper_mean"] = members.normalize(alpha, batch, "rows", 1)
+    if members.computed.rows:
+        metrics["taper_mean"] = members.computed.normalize(alpha, batch, "rows", 1)
     return -alpha * advantages * logprobs, metrics
 
 

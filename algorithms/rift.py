@@ -54,6 +54,12 @@ class Rift(AlgorithmBase):
         return {"main": partial(rift_loss, config=self.config)}
 
     @property
+    def advantage_only(self) -> Mapping[str, frozenset[Source]]:
+        if self.config.entropy_coef > 0:
+            return {}
+        return {"main": frozenset({Source.POLICY, Source.EXPERT})}
+
+    @property
     def needs(self) -> Mapping[str, frozenset[Need]]:
         return {"main": frozenset({"entropy"} if self.config.entropy_coef > 0 else ())}
 

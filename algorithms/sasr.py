@@ -28,12 +28,13 @@ from ..engine.types import (
     PolicyOutput,
     Prompt,
     RolloutGroup,
+    Source,
     StepPlan,
     TrainBatch,
     Update,
     UpdateReport,
 )
-from .base import AlgorithmBase, ExpertFields, PolicyFields, Setup, surrogate_needs
+from .base import AlgorithmBase, ExpertFields, PolicyFields, Setup, surrogate_needs, surrogate_only
 from .draws import uniforms
 from .grpo import grpo_loss
 from .losses import Normalizer, expert_component
@@ -81,6 +82,10 @@ class Sasr(AlgorithmBase):
             "main": partial(grpo_loss, config=self.config),
             "sft": partial(sasr_sft_loss, config=self.config),
         }
+
+    @property
+    def advantage_only(self) -> Mapping[str, frozenset[Source]]:
+        return surrogate_only(self.config, Source.POLICY)
 
     @property
     def needs(self) -> Mapping[str, frozenset[Need]]:

@@ -31,7 +31,7 @@ from pydantic import Field
 
 from ..engine.contracts import LossFn, Need
 from ..engine.types import LossOutput, PolicyOutput, Sample, Source, TrainBatch
-from .base import SCORED_DEMONSTRATIONS, credit_groups, regularizer_needs
+from .base import SCORED_DEMONSTRATIONS, credit_groups, regularizer_needs, surrogate_only
 from .grpo import regularize
 from .losses import Members, policy_ratio, sampler_correction, sum_rows
 from .luffy import MixedGroupFields, MixedGroups, shape
@@ -126,6 +126,10 @@ class Srft(MixedGroups):
     @property
     def losses(self) -> Mapping[str, LossFn]:
         return {"main": partial(srft_loss, config=self.config)}
+
+    @property
+    def advantage_only(self) -> Mapping[str, frozenset[Source]]:
+        return surrogate_only(self.config, Source.POLICY)
 
     @property
     def needs(self) -> Mapping[str, frozenset[Need]]:

@@ -35,6 +35,7 @@ from ..engine.types import (
     Prompt,
     RolloutGroup,
     RolloutRequest,
+    Source,
     StepPlan,
     Update,
     UpdateReport,
@@ -169,6 +170,14 @@ class Stages(AlgorithmBase):
     @property
     def needs(self) -> Mapping[str, frozenset[Need]]:
         return {f"{i}.{name}": n for i, m in enumerate(self.members) for name, n in m.needs.items()}
+
+    @property
+    def advantage_only(self) -> Mapping[str, frozenset[Source]]:
+        return {
+            f"{i}.{name}": sources
+            for i, m in enumerate(self.members)
+            for name, sources in m.advantage_only.items()
+        }
 
     def use_prompts(self, data: PromptSource) -> None:
         super().use_prompts(data)

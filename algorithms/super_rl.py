@@ -32,7 +32,7 @@ from ..engine.types import (
     TrainBatch,
     Update,
 )
-from .base import Setup, surrogate_needs
+from .base import Setup, surrogate_needs, surrogate_only
 from .hybrid import HybridFields, hybrid_loss
 from .losses import Normalizer
 from .reach import ReachFields, ReachGate
@@ -80,6 +80,10 @@ class SuperRl(ReachGate):
     @property
     def losses(self) -> Mapping[str, LossFn]:
         return {"main": partial(super_rl_loss, config=self.config)}
+
+    @property
+    def advantage_only(self) -> Mapping[str, frozenset[Source]]:
+        return surrogate_only(self.config, Source.POLICY)
 
     @property
     def needs(self) -> Mapping[str, frozenset[Need]]:

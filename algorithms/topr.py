@@ -18,8 +18,8 @@ from functools import partial
 from typing import Literal
 
 from ..engine.contracts import LossFn, Need
-from ..engine.types import LossOutput, PolicyOutput, Sample, TrainBatch
-from .base import AlgorithmBase, RolloutFields, surrogate_needs
+from ..engine.types import LossOutput, PolicyOutput, Sample, Source, TrainBatch
+from .base import AlgorithmBase, RolloutFields, surrogate_needs, surrogate_only
 from .grpo import regularize
 from .losses import Members, Normalizer
 from .reward_signed import TaperFields, tapered
@@ -53,6 +53,10 @@ class Topr(AlgorithmBase):
     @property
     def losses(self) -> Mapping[str, LossFn]:
         return {"main": partial(topr_loss, config=self.config)}
+
+    @property
+    def advantage_only(self) -> Mapping[str, frozenset[Source]]:
+        return surrogate_only(self.config, Source.POLICY)
 
     @property
     def needs(self) -> Mapping[str, frozenset[Need]]:

@@ -33,11 +33,12 @@ from ..engine.types import (
     PolicyOutput,
     Prompt,
     RolloutRequest,
+    Source,
     StepPlan,
     TrainBatch,
     Update,
 )
-from .base import AlgorithmBase, Setup, surrogate_needs
+from .base import AlgorithmBase, Setup, surrogate_needs, surrogate_only
 from .draws import uniforms
 from .hybrid import HybridFields, hybrid_loss
 
@@ -116,6 +117,10 @@ class Uft(AlgorithmBase):
     @property
     def losses(self) -> Mapping[str, LossFn]:
         return {"main": partial(uft_loss, config=self.config)}
+
+    @property
+    def advantage_only(self) -> Mapping[str, frozenset[Source]]:
+        return surrogate_only(self.config, Source.POLICY)
 
     @property
     def needs(self) -> Mapping[str, frozenset[Need]]:

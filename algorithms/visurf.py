@@ -38,6 +38,7 @@ from .base import (
     PolicyFields,
     Setup,
     credit_groups,
+    surrogate_only,
 )
 from .grpo import regularize
 from .losses import Members, Normalizer, policy_component
@@ -88,6 +89,10 @@ class Visurf(DemonstratedGroups):
     @property
     def losses(self) -> Mapping[str, LossFn]:
         return {"main": partial(visurf_loss, config=self.config)}
+
+    @property
+    def advantage_only(self) -> Mapping[str, frozenset[Source]]:
+        return surrogate_only(self.config, Source.POLICY, Source.EXPERT)
 
     def credit(self, samples: Sequence[Sample]) -> list[Sample]:
         """Smooth, then group advantages on POLICY and EXPERT tokens."""

@@ -135,6 +135,26 @@ def select(batch: TrainBatch, rows: Sequence[int]) -> TrainBatch:
     return replace(batch, **taken)
 
 
+def with_gradient(batch: TrainBatch, advantage_only: frozenset[Source]) -> TrainBatch:
+    """The rows that may have a gradient; denominators stay those of all rows, and say what was left out.
+
+    A row has none where it trains no token, or only tokens of sources in `advantage_only` whose advantage is 0. Rows
+    that are compared with others stay.
+    """
+    live = batch.trained
+    for source in advantage_only:
+        live = live & ~((batch.source == source) & (batch.advantages == 0))
+    kept = torch.zeros(batch.num_rows, dtype=torch.bool)
+    kept[batch.row_ids[live]] = True
+    if batch.pairs is not None:
+        kept |= batch.pairs != 0
+    if bool(kept.all()):
+        return batch
+    absent = count(select(batch, (~kept).nonzero().squeeze(-1).tolist()))
+    rest = select(batch, kept.nonzero().squeeze(-1).tolist())
+    return replace(rest, denom=replace(batch.denom, left_out=absent))
+
+
 def blank(batch: TrainBatch) -> TrainBatch:
     """One row of two CONTEXT tokens with the same columns as `batch`: computes, trains nothing."""
     rows: dict[str, Any] = {

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         RolloutGroup,
         RolloutRequest,
         Score,
+        Source,
         StepPlan,
         TokenSampling,
         TrainBatch,
@@ -93,6 +94,15 @@ class Algorithm(Protocol):
 
     @property
     def losses(self) -> Mapping[str, LossFn]: ...
+
+    @property
+    def advantage_only(self) -> Mapping[str, frozenset[Source]]:
+        """For each loss, the sources whose tokens get no gradient where their advantage is 0.
+
+        Rows that train nothing else are not computed; they stay in every denominator. Losses that are not named
+        compute all rows.
+        """
+        ...
 
     def expert_rows(self, step: int) -> int:
         """Driver: rows that this step draws from the expert stream, independent of the rollout prompts."""

@@ -8,7 +8,15 @@ from typing import Any, Protocol
 
 import torch
 
-from .batch import ROW_FIELDS, count, partition, seed_of, select, split_minibatches
+from .batch import (
+    ROW_FIELDS,
+    count,
+    partition,
+    seed_of,
+    select,
+    split_minibatches,
+    with_gradient,
+)
 from .config import LearnerConfig
 from .contracts import Need, PrepareFn, RememberFn
 from .durable import FileRecord
@@ -77,8 +85,11 @@ class LearnerGroup:
         total_steps: int,
         seed: int,
         route: WeightRoute,
+        advantage_only: Mapping[str, frozenset[Source]] | None = None,
     ) -> None:
+        """`advantage_only`: the algorithm's; None computes every row that trains a token."""
         self.ranks, self.config, self.needs = ranks, config, needs
+        self.advantage_only = advantage_only or {}
         self.total_steps, self.seed, self.route = total_steps, seed, route
         self._skipped_in_a_row = 0
         self._receivers: list[Any] | None = None
@@ -182,6 +193,7 @@ class LearnerGroup:
         for probe in probes:
             batch = self._seed_rows(probe.batch, step, epoch=0)
             batch = self._prepare(batch, probe.loss, probe.coefs, prepare)
+            batch = self._with_gradient(batch, probe.loss)
             for calls, plan in zip(per_rank, self._parts(batch), strict=True):
                 micro_batches = [select(batch, rows) for rows in plan]
                 calls.append((micro_batches, probe.loss, probe.coefs, probe.only))
@@ -220,24 +232,32 @@ class LearnerGroup:
         rate: float,
         optimizer: str,
     ) -> UpdateReport:
+        live = self._with_gradient(minibatch, loss)
         report = self.ranks.call(
             "step",
             [
-                ([select(minibatch, rows) for rows in plan], loss, coefs, rate, optimizer)
-                for plan in self._parts(minibatch)
+                ([select(live, rows) for rows in plan], loss, coefs, rate, optimizer)
+                for plan in self._parts(live)
             ],
         )[0]
         policy = int(minibatch.is_trained(Source.POLICY).sum())
         trained = {"policy": policy, "expert": int(minibatch.is_trained(Source.EXPERT).sum())}
         if report.model == "critic":
             trained = {"critic": policy}
-        tokens = {**trained, "computed": minibatch.num_tokens}
+        left_out = minibatch.num_tokens - live.num_tokens
+        tokens = {**trained, "computed": live.num_tokens, "left_out": left_out}
+        facts: dict[str, float] = {"left_out_rows": minibatch.num_rows - live.num_rows}
+        if "old_logprobs" in self.needs[loss]:
+            facts["old_logprobs_recorded"] = float(minibatch.old_logprobs is not None)
         return replace(
             report,
             tokens=tokens,
-            metrics={**report.metrics, **coefs},
+            metrics={**report.metrics, **coefs, **facts},
             prompts=trained_prompts(minibatch),
         )
+
+    def _with_gradient(self, batch: TrainBatch, loss: str) -> TrainBatch:
+        return with_gradient(batch, self.advantage_only.get(loss, frozenset()))
 
     def _parts(self, batch: TrainBatch) -> list[list[list[int]]]:
         return partition(batch, self.ranks.world_size, self.config.max_tokens_per_micro_batch)

@@ -182,6 +182,8 @@ class Denominators:
     """Rows with a trained token of either source."""
     positive_tokens: int = 0
     """Trained POLICY tokens whose advantage is above 0."""
+    left_out: Denominators | None = None
+    """Of rows that are counted above and not computed, because they have no gradient; None: there are none."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -266,6 +266,7 @@ def compose(
             timeout_seconds=recipe.rollouts.sync_timeout_seconds,
             ranks_per_receiver=recipe.rollouts.tensor_parallel_size,
         ),
+        advantage_only=algorithm.advantage_only,
     )
     log = RunLog(folder, make_console())
     stack.callback(log.close)

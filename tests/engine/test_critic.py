@@ -273,8 +273,8 @@ def test_each_minibatch_moves_the_policy_then_the_critic(tiny_model):
         ("critic", "critic", 1e-5),
     ] * 6
     assert [set(r.tokens) for r in reports[:2]] == [
-        {"policy", "expert", "computed"},
-        {"critic", "computed"},
+        {"policy", "expert", "computed", "left_out"},
+        {"critic", "computed", "left_out"},
     ]
     trained = int((batch.source == Source.POLICY).sum())
     state = RunState()
