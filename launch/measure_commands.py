@@ -1,4 +1,4 @@
-"""The commands that measure a model and train nothing: `plait eval | probe`."""
+"""The commands that measure and train nothing: a model by `plait eval | probe`, plait itself by `plait bench`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 def add_to(app: typer.Typer) -> None:
     app.command("eval")(evaluate)
     app.command()(probe)
+    app.command()(bench)
 
 
 def evaluate(
@@ -81,3 +82,22 @@ def probe(
     else:
         report.show()
         print(output / RATES)
+
+
+def bench(
+    names: Annotated[str, typer.Argument(help="Benchmarks separated by commas, or all.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Write the table of this page, e.g. docs/benchmarks.md.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option(help="Only see that the benchmarks work; no figure counts.")
+    ] = False,
+) -> None:
+    """Measure this checkout against its targets: figure, interval, target, met or not. `all` takes up to an hour.
+
+    Exit code 1 where a figure broke a rule of measurement and is void.
+    """
+    from .bench import bench as run
+
+    page = [] if out is None else ["--out", str(out)]
+    raise typer.Exit(run([names, *page, *(["--quick"] * quick)]))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import string
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -48,6 +49,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """4 layers, hidden size 128, float32."""
     torch.manual_seed(0)
+    ends: Any = tokenizer.eos_token_id
+    pads: Any = tokenizer.pad_token_id
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -59,8 +62,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
             max_position_embeddings=512,
             tie_word_embeddings=True,
             bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=ends,
+            pad_token_id=pads,
         )
     )
 

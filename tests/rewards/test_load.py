@@ -5,7 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-from bench_rewards import HOSTILE, math_items, open_pool, p99, planted, run_load, single_call
+
+from b12_rewards import HOSTILE, math_items, open_pool, p99, planted, run_load, single_call
 
 WORKERS = 4
 PACE = 4.0

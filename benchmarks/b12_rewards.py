@@ -1,29 +1,26 @@
 """B12: how much of the pool's processes scoring uses, and what hostile samples cost the others.
 
-    python benchmarks/bench_rewards.py --pairs 12
-
-Efficiency is verified samples/s of the pool over (processes / time of one call in this process), measured in turns
-(A B B A) on samples that neither side has seen: math-verify and sympy answer a known one from their caches in a third
-of the time, and here one process would know all of them, there each process half. For latency, samples arrive evenly,
-once all of them healthy, once with 1 % that hang, eat memory, raise BaseException, exit or start processes, at a pace
-at which hanging calls would keep a quarter of the processes busy; latency is from arrival to score.
+Efficiency is verified samples/s of the pool over (processes / time of one call in this process), on samples that
+neither side has seen: math-verify and sympy answer a known one from their caches in a third of the time, and here one
+process would know all of them, there each process half. For latency, samples arrive evenly, once all of them healthy,
+once with 1 % that hang, eat memory, raise BaseException, exit or start processes, at a pace at which hanging calls
+would keep a quarter of the processes busy; latency is from arrival to score.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import statistics
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from figures import at_least, at_most
+from harness import Session, Side, Work, cost
 from plait.engine.types import Prompt, Score
 from plait.rewards.config import RewardConfig
 from plait.rewards.frames import RewardSource
@@ -147,63 +144,88 @@ def p99(results: Sequence[Scored]) -> float:
 
 
 def single_call(items: Sequence[Item]) -> float:
+    """Seconds of one call in this process."""
     started = time.perf_counter()
     for item in items:
         grade_math(item.prompt, item.completion)
     return (time.perf_counter() - started) / len(items)
 
 
-def pool_rate(pool: ProcessPool, source: RewardSource, items: Sequence[Item]) -> float:
-    started = time.perf_counter()
-    run_load(pool, source, items, 0.0)
-    return len(items) / (time.perf_counter() - started)
+def answered(items: Sequence[Item]) -> Work:
+    """The healthy samples: a digest of what was graded."""
+    return Work.of([list(item.completion.encode()) for item in items if not item.hostile])
 
 
-def interval95(values: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
-    """Median and its bootstrap 95 % interval."""
-    rng = np.random.default_rng(seed)
-    medians = np.median(rng.choice(values, size=(4000, len(values))), axis=1)
-    low, high = np.percentile(medians, [2.5, 97.5])
-    return statistics.median(values), float(low), float(high)
+SAMPLES = 512
+TIMEOUT = 1.0
+"""Seconds a call may take."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--samples", type=int, default=512)
-    parser.add_argument("--pairs", type=int, default=12)
-    parser.add_argument("--timeout", type=float, default=2.0, help="seconds a call may take")
-    args = parser.parse_args()
+def measure(session: Session) -> None:
+    workers = os.cpu_count() or 1
     with TemporaryDirectory() as folder:
-        pool, source = open_pool(Path(folder), args.workers, args.timeout)
-        single_call(math_items(64))  # imports and first calls, here and in the pool
-        pool_rate(pool, source, math_items(args.samples))
-        ratios, controls, latencies, calls = [], [], [], []
-        for pair in range(args.pairs):
-            items = math_items(args.samples, seed=1 + 2 * pair)
-            if pair % 2:
-                rate, one = pool_rate(pool, source, items), single_call(items)
-            else:
-                one, rate = single_call(items), pool_rate(pool, source, items)
-            ratios.append(rate * one / args.workers)
-            calls.append(one)
-            controls.append(single_call(math_items(args.samples, seed=2 + 2 * pair)) / one)
-        pace = 0.01 * args.timeout / (0.25 * args.workers)
-        others = math_items(args.samples, seed=1000)
-        for pair in range(max(args.pairs // 2, 1)):
-            order = (others, planted(others)) if pair % 2 else (planted(others), others)
-            runs = {load is others: run_load(pool, source, load, pace) for load in order}
-            latencies.append(p99(runs[False]) / p99(runs[True]))
-        pool.close()
-    report = {
-        "processes": args.workers,
-        "one_call_ms": 1000 * statistics.median(calls),
-        "efficiency": interval95(ratios),
-        "control": interval95(controls),
-        "p99_ratio": interval95(latencies),
-    }
-    print(json.dumps(report, indent=2))
+        pool, source = open_pool(Path(folder), workers, TIMEOUT)
+        try:
+            measure_efficiency(session, pool, source, workers)
+            measure_latency(session, pool, source, workers)
+        finally:
+            pool.close()
 
 
-if __name__ == "__main__":
-    main()
+def measure_efficiency(
+    session: Session, pool: ProcessPool, source: RewardSource, workers: int
+) -> None:
+    def alone(items: list[Item]) -> list[Item]:
+        for item in items:
+            grade_math(item.prompt, item.completion)
+        return items
+
+    def pooled(items: list[Item]) -> list[Item]:
+        return [scored.item for scored in run_load(pool, source, items, 0.0)]
+
+    def side(name: str, run: Callable[[list[Item]], list[Item]]) -> Side:
+        return Side(
+            name,
+            run,
+            lambda given, result: answered(result),
+            lambda number: math_items(SAMPLES, seed=2 + number),
+        )
+
+    session.compare(
+        "samples/s of the pool / (processes / time of one call)",
+        side("one call after the other", alone),
+        side("pool", pooled),
+        target=at_least(0.9),
+        value=lambda one, many: one / many / workers,
+        limit=1.0,
+        seconds=110,
+        note=f"{workers} processes, {SAMPLES} answers a run",
+    )
+
+
+def measure_latency(
+    session: Session, pool: ProcessPool, source: RewardSource, workers: int
+) -> None:
+    pace = 0.01 * TIMEOUT / (0.25 * workers)
+    items = math_items(SAMPLES // 2, seed=0)
+
+    def side(name: str, load: list[Item]) -> Side:
+        return Side(
+            name,
+            lambda number: run_load(pool, source, load, pace),
+            lambda given, results: answered([r.item for r in results if r.item in kept]),
+            took=p99,
+        )
+
+    hostile = planted(items)
+    kept = [item for item in hostile if not item.hostile]
+    session.compare(
+        "p99 of healthy samples, 1 % hostile / none",
+        side("healthy", items),
+        side("hostile", hostile),
+        target=at_most(2.0),
+        value=cost,
+        seconds=150,
+        control=0.25,
+        note=f"A/A within 25 %: the p99 of {len(items)} samples is no finer",
+    )
