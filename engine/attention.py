@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from .errors import LearnerError
+from .shared_prefix import lay_out
 from .types import TrainBatch
 
 SEGMENTS = "plait_segments"
@@ -28,6 +29,7 @@ def segment_attention(
     attention_mask: Tensor | None,
     *,
     row_lengths: list[int],
+    continues: list[int | None] | None = None,
     hidden: Tensor | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -37,19 +39,18 @@ def segment_attention(
 ) -> tuple[Tensor, None]:
     """query [1, H, T, D], key and value [1, H_kv, T, D] -> [1, T, H, D]; row_lengths sum to T.
 
+    `continues`: of each row, the number of one that comes before it and that it attends to as well (shared_prefix.py).
     `hidden`, bool [T]: tokens whose keys nobody sees.
     """
     shown = [None] * len(row_lengths) if hidden is None else (~hidden).split(row_lengths)
-    outputs = [
-        _attend(q, k, v, scaling, dropout, sliding_window, softcap, keys)
-        for q, k, v, keys in zip(
-            query.split(row_lengths, dim=2),
-            key.split(row_lengths, dim=2),
-            value.split(row_lengths, dim=2),
-            shown,
-            strict=True,
-        )
-    ]
+    keys, values = key.split(row_lengths, dim=2), value.split(row_lengths, dim=2)
+    outputs = []
+    for i, q in enumerate(query.split(row_lengths, dim=2)):
+        before = None if continues is None else continues[i]
+        k, v = keys[i], values[i]
+        if before is not None:
+            k, v = torch.cat([keys[before], k], dim=2), torch.cat([values[before], v], dim=2)
+        outputs.append(_attend(q, k, v, scaling, dropout, sliding_window, softcap, shown[i]))
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
@@ -63,15 +64,17 @@ def _attend(
     softcap: float | None,
     shown: Tensor | None,
 ) -> Tensor:
-    """Causal attention of one row; the kernel where it applies, the formula for soft-capped logits (Gemma 2)."""
-    length = query.shape[2]
+    """Causal attention of the last tokens of a row to all of it; the kernel where it applies, the formula for
+    soft-capped logits (Gemma 2).
+    """
+    length, earlier = key.shape[2], key.shape[2] - query.shape[2]
     outside = window is not None and length > window
-    if softcap is None and not outside and shown is None:
+    if softcap is None and not outside and shown is None and not earlier:
         return scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
         )
     distance = torch.arange(length, device=query.device)
-    distance = distance[:, None] - distance[None, :]
+    distance = distance[earlier:, None] - distance[None, :]
     visible = distance >= 0
     if window is not None:
         visible = visible & (distance < window)
@@ -97,8 +100,8 @@ AttentionInterface.register(SEGMENTS, segment_attention)
 AttentionMaskInterface.register(SEGMENTS, no_mask)
 
 
-def hidden_states(body: Any, batch: TrainBatch, *, packing: bool) -> Tensor:
-    """Last hidden state of every token: [T, hidden]. `body` is a transformer without its head.
+def hidden_states(body: Any, batch: TrainBatch, at: Tensor, *, packing: bool) -> Tensor:
+    """Last hidden state of the tokens `at`, i64 [n]: [n, hidden]. `body` is a transformer without its head.
 
     Without `packing` rows are padded to one length, for comparison.
     """
@@ -106,6 +109,15 @@ def hidden_states(body: Any, batch: TrainBatch, *, packing: bool) -> Tensor:
     if packing:
         implementation = body.config._attn_implementation
         if implementation == SEGMENTS:
+            if (stretches := lay_out(batch)) is not None:
+                output = body(
+                    input_ids=batch.input_ids[stretches.tokens][None],
+                    position_ids=batch.position_ids[stretches.tokens][None],
+                    use_cache=False,
+                    row_lengths=stretches.lengths,
+                    continues=stretches.continues,
+                )
+                return output.last_hidden_state[0][stretches.places[at]]
             segments: dict[str, Any] = {"row_lengths": lengths}
             if batch.hidden is not None:
                 segments["hidden"] = batch.hidden
@@ -129,7 +141,7 @@ def hidden_states(body: Any, batch: TrainBatch, *, packing: bool) -> Tensor:
             use_cache=False,
             **segments,
         )
-        return output.last_hidden_state[0]
+        return output.last_hidden_state[0][at]
     rows = batch.input_ids.split(lengths)
     padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
     columns = torch.arange(padded.shape[1], device=padded.device)
@@ -146,4 +158,4 @@ def hidden_states(body: Any, batch: TrainBatch, *, packing: bool) -> Tensor:
         position_ids=columns[None].expand_as(padded),
         use_cache=False,
     )
-    return output.last_hidden_state[mask]
+    return output.last_hidden_state[mask][at]

@@ -1,4 +1,4 @@
-"""Rows -> one flat batch -> minibatches -> ranks -> micro-batches. Pure; no collectives, no model.
+"""Rows -> one flat batch -> minibatches. Pure; no collectives, no model.
 
 A row is never split. Whole minibatches decide the denominators, so every cut below gives the same gradient.
 """
@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import DataError
 from .types import Denominators, Sample, Source, TrainBatch
 
 ROW_FIELDS = (
@@ -26,6 +25,8 @@ ROW_FIELDS = (
     "pairs",
     "logit_norms",
     "logit_sketches",
+    "prefix_ids",
+    "prefix_lengths",
 )
 PAIR_ROLES = {"chosen": 1, "rejected": -1, None: 0}
 
@@ -204,79 +205,3 @@ def split_minibatches(batch: TrainBatch, num: int, seed: int) -> list[list[int]]
         for part, chosen in zip(parts, np.array_split(order, num), strict=True):
             part.extend(row for i in chosen for row in groups[i])
     return [sorted(part) for part in parts if part]
-
-
-def units(batch: TrainBatch) -> list[list[int]]:
-    """Rows that must be computed together: the paired rows of each group; every other row by itself."""
-    if batch.pairs is None:
-        return [[row] for row in range(batch.num_rows)]
-    found: dict[tuple[str, int], list[int]] = {}
-    for row, (group, role) in enumerate(
-        zip(batch.group_ids.tolist(), batch.pairs.tolist(), strict=True)
-    ):
-        found.setdefault(("group", group) if role else ("row", row), []).append(row)
-    return list(found.values())
-
-
-def shard(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Rows of each rank with nearly equal token counts: longest first, to the least loaded rank.
-
-    >>> shard([5, 3, 3, 1], 2)
-    [[0, 3], [1, 2]]
-    """
-    loads = [0] * num_ranks
-    parts: list[list[int]] = [[] for _ in range(num_ranks)]
-    for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        rank = min(range(num_ranks), key=loads.__getitem__)
-        parts[rank].append(row)
-        loads[rank] += lengths[row]
-    return [sorted(part) for part in parts]
-
-
-def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Rows of each micro-batch within a token budget: first fit, longest first.
-
-    >>> pack([2, 6, 3], max_tokens=8)
-    [[0, 1], [2]]
-    """
-    bins: list[list[int]] = []
-    free: list[int] = []
-    for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        length = lengths[row]
-        if length > max_tokens:
-            raise ValueError(
-                f"a row of {length} tokens exceeds learner.max_tokens_per_micro_batch = {max_tokens}"
-            )
-        for i, room in enumerate(free):
-            if length <= room:
-                bins[i].append(row)
-                free[i] -= length
-                break
-        else:
-            bins.append([row])
-            free.append(max_tokens - length)
-    return [sorted(rows) for rows in bins]
-
-
-def partition(batch: TrainBatch, num_ranks: int, max_tokens: int) -> list[list[list[int]]]:
-    """Rows of each micro-batch of each rank. Every rank gets the same number of micro-batches.
-
-    Ranks reduce gradients together, so one that has fewer micro-batches is given empty ones: the learner turns an
-    empty micro-batch into a zero loss that is attached to the graph. Rows that are compared stay together.
-    """
-    tokens = batch.row_starts.diff().tolist()
-    parts = units(batch)
-    lengths = [sum(tokens[row] for row in rows) for rows in parts]
-    for rows, length in zip(parts, lengths, strict=True):
-        if len(rows) > 1 and length > max_tokens:
-            raise DataError(
-                f"prompt {batch.group_names[rows[0]]!r}: its {len(rows)} chosen and rejected responses have {length} "
-                f"tokens with their prompts and must share one micro-batch, but learner.max_tokens_per_micro_batch = "
-                f"{max_tokens}; raise it, or shorten or remove some of them"
-            )
-    plans = []
-    for mine in shard(lengths, num_ranks):
-        bins = pack([lengths[i] for i in mine], max_tokens)
-        plans.append([sorted(row for i in chosen for row in parts[mine[i]]) for chosen in bins])
-    num = max(1, *(len(plan) for plan in plans))
-    return [plan + [[] for _ in range(num - len(plan))] for plan in plans]

@@ -137,6 +137,9 @@ class LearnerConfig(Section):
     """Token budget of one forward pass; rows are packed into it and never split."""
     packing: bool = True
     """false: one padded row per sequence and plain attention (same gradients; slower, for comparison)."""
+    share_prefixes: bool = True
+    """Tokens that rows of a micro-batch begin with are computed once (same gradients). With segment attention: on the
+    CPU, or with learner.attention = segments."""
     logit_chunk_tokens: int = Field(default=512, ge=1)
     """Logits exist for at most this many tokens at a time."""
     gradient_checkpointing: bool = False
@@ -171,6 +174,11 @@ class LearnerConfig(Section):
                 "learner.device = cpu only"
             )
         return self
+
+    @property
+    def shares_prefixes(self) -> bool:
+        segments = self.device == "cpu" or self.attention == "segments"
+        return self.share_prefixes and self.packing and segments
 
     @property
     def adapters(self) -> LoraConfig | None:

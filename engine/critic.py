@@ -51,7 +51,7 @@ class CriticModel(nn.Module):
         targets = valued.nonzero().squeeze(-1)
         if len(targets) == 0:
             targets = torch.ones(1, dtype=torch.long, device=batch.input_ids.device)
-        hidden = hidden_states(self.body, batch, packing=self.packing)[targets - 1]
+        hidden = hidden_states(self.body, batch, targets - 1, packing=self.packing)
         values = self.value_head(hidden)
         return values.new_zeros(batch.num_tokens).index_copy(0, targets, values)
 

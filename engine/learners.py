@@ -11,7 +11,6 @@ import torch
 from .batch import (
     ROW_FIELDS,
     count,
-    partition,
     seed_of,
     select,
     split_minibatches,
@@ -22,7 +21,9 @@ from .contracts import Need, PrepareFn, RememberFn
 from .durable import FileRecord
 from .errors import LearnerError
 from .learner import LearnerWorker, WeightRoute, learning_rate
+from .packing import Partition, partition
 from .probes import GradientComparison, GradientProbe
+from .shared_prefix import mark_prefixes
 from .step_sums import REMEDY
 from .types import (
     Source,
@@ -109,9 +110,10 @@ class LearnerGroup:
             wanted -= {"ref_logprobs"}
         if not wanted or batch.num_rows == 0:
             return batch
-        parts = self._parts(batch)
+        marked = self._mark(batch)
+        parts = self._parts(marked).plans
         answers = self.ranks.call(
-            "annotate", [([select(batch, rows) for rows in plan], wanted) for plan in parts]
+            "annotate", [([select(marked, rows) for rows in plan], wanted) for plan in parts]
         )
         columns: dict[str, torch.Tensor] = {}
         for plan, answer in zip(parts, answers, strict=True):
@@ -146,7 +148,7 @@ class LearnerGroup:
         reports = []
         for epoch in range(update.epochs):
             seed = hash((self.seed, step, epoch)) & 0xFFFFFFFF
-            seeded = self._seed_rows(batch, step, epoch)
+            seeded = self._mark(self._seed_rows(batch, step, epoch))
             for rows in split_minibatches(batch, update.minibatches, seed):
                 minibatch = select(seeded, rows)
                 minibatch = replace(minibatch, denom=count(minibatch))
@@ -191,10 +193,10 @@ class LearnerGroup:
         """Each probe's batch is cut over ranks and micro-batches as a step of one minibatch would cut it."""
         per_rank: list[list[Any]] = [[] for _ in range(self.ranks.world_size)]
         for probe in probes:
-            batch = self._seed_rows(probe.batch, step, epoch=0)
+            batch = self._mark(self._seed_rows(probe.batch, step, epoch=0))
             batch = self._prepare(batch, probe.loss, probe.coefs, prepare)
             batch = self._with_gradient(batch, probe.loss)
-            for calls, plan in zip(per_rank, self._parts(batch), strict=True):
+            for calls, plan in zip(per_rank, self._parts(batch).plans, strict=True):
                 micro_batches = [select(batch, rows) for rows in plan]
                 calls.append((micro_batches, probe.loss, probe.coefs, probe.only))
         answers = self.ranks.call("compare_gradients", [(calls,) for calls in per_rank])
@@ -233,11 +235,12 @@ class LearnerGroup:
         optimizer: str,
     ) -> UpdateReport:
         live = self._with_gradient(minibatch, loss)
+        parts = self._parts(live)
         report = self.ranks.call(
             "step",
             [
                 ([select(live, rows) for rows in plan], loss, coefs, rate, optimizer)
-                for plan in self._parts(live)
+                for plan in parts.plans
             ],
         )[0]
         policy = int(minibatch.is_trained(Source.POLICY).sum())
@@ -245,8 +248,11 @@ class LearnerGroup:
         if report.model == "critic":
             trained = {"critic": policy}
         left_out = minibatch.num_tokens - live.num_tokens
-        tokens = {**trained, "computed": live.num_tokens, "left_out": left_out}
-        facts: dict[str, float] = {"left_out_rows": minibatch.num_rows - live.num_rows}
+        tokens = {**trained, "computed": sum(parts.tokens), "left_out": left_out}
+        facts: dict[str, float] = {
+            "left_out_rows": minibatch.num_rows - live.num_rows,
+            "rank_imbalance": parts.imbalance,
+        }
         if "old_logprobs" in self.needs[loss]:
             facts["old_logprobs_recorded"] = float(minibatch.old_logprobs is not None)
         return replace(
@@ -259,7 +265,10 @@ class LearnerGroup:
     def _with_gradient(self, batch: TrainBatch, loss: str) -> TrainBatch:
         return with_gradient(batch, self.advantage_only.get(loss, frozenset()))
 
-    def _parts(self, batch: TrainBatch) -> list[list[list[int]]]:
+    def _mark(self, batch: TrainBatch) -> TrainBatch:
+        return mark_prefixes(batch) if self.config.shares_prefixes else batch
+
+    def _parts(self, batch: TrainBatch) -> Partition:
         return partition(batch, self.ranks.world_size, self.config.max_tokens_per_micro_batch)
 
     def _all(self, method: str, *args: Any) -> list[Any]:

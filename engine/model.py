@@ -147,7 +147,7 @@ class PolicyModel(nn.Module):
         targets = batch.trained.nonzero().squeeze(-1)
         if len(targets) == 0:
             targets = torch.ones(1, dtype=torch.long, device=batch.input_ids.device)
-        hidden = hidden_states(self.model.base_model, batch, packing=self.packing)[targets - 1]
+        hidden = hidden_states(self.model.base_model, batch, targets - 1, packing=self.packing)
         if hidden.requires_grad:
             hidden.register_hook(self._keep_hidden_grad)
         if self.keeps_hidden:
@@ -161,7 +161,7 @@ class PolicyModel(nn.Module):
         if "ref_kl" in wanted:
             body = self._references[0].model.base_model
             with torch.no_grad():
-                inputs["ref_hidden"] = hidden_states(body, batch, packing=self.packing)[targets - 1]
+                inputs["ref_hidden"] = hidden_states(body, batch, targets - 1, packing=self.packing)
         split = {name: column.split(self.logit_chunk_tokens) for name, column in inputs.items()}
         results: list[dict[str, Tensor]] = []
         for i in range(len(split["hidden"])):

@@ -245,6 +245,11 @@ class TrainBatch:
     """bool [T]: supervised tokens that the expert loss keeps."""
     stats: Mapping[str, float] | None = None
     """Counts and other numbers of the minibatch that the expert loss divides by."""
+    # Set by the learner where rows begin alike (shared_prefix.py):
+    prefix_ids: Tensor | None = None
+    """i64 [N]: equal for rows that begin with the same tokens."""
+    prefix_lengths: Tensor | None = None
+    """i64 [N]: how many tokens they share; 0: none."""
     # Set by collate and the learner:
     row_seeds: Tensor | None = None
     """i64 [N]: what random draws of a row depend on: run seed, step, epoch, group, row number in the update."""
@@ -334,7 +339,7 @@ class UpdateReport:
     metrics: Mapping[str, float]
     learning_rate: float
     tokens: Mapping[str, int] = field(default_factory=dict)
-    """Trained tokens by source ("policy", "expert"), or "critic", and "computed" (all of the forward pass)."""
+    """Trained tokens by source ("policy", "expert"), or "critic"; "computed" (all of the forward pass), "left_out"."""
     model: Literal["policy", "critic"] = "policy"
     """Which weights moved."""
     prompts: tuple[str, ...] = ()

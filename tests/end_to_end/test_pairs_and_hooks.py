@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from end_to_end.command_line import tiny_recipe, write_recipe
-from plait.engine.batch import collate, partition, select, units
+from plait.engine.batch import collate, select
 from plait.engine.config import LearnerConfig
 from plait.engine.errors import ConfigError, DataError
 from plait.engine.learner import LearnerWorker, Rank, WeightRoute
 from plait.engine.learners import InProcessRank, LearnerGroup
 from plait.engine.loop import apply_update, make_batch
+from plait.engine.packing import partition, units
 from plait.engine.types import Source
 from plait.launch.check_loss import joined, micro_batchings, placements
 from plait.launch.config import load_recipe
@@ -135,8 +136,8 @@ def test_cutting_the_minibatch_changes_nothing(name, packing, folder, tiny_model
     batch = make_batch(parts, update)
     current = parts.learners.annotate(batch, frozenset({"old_logprobs"}), single=False)
     prepared = parts.algorithm.prepare(batch, current.old_logprobs, update.coefs)
-    wholes = partition(prepared, 1, 4096)[0]
-    cuts = partition(prepared, 1, 45 if prepared.pairs is None else 130)[0]
+    wholes = partition(prepared, 1, 4096).plans[0]
+    cuts = partition(prepared, 1, 45 if prepared.pairs is None else 130).plans[0]
     assert len(wholes) == 1 < len(cuts)
 
     def gradients(plan):
@@ -273,11 +274,15 @@ def test_paired_rows_are_one_unit(folder, tiny_model, monkeypatch):
     cuts = [
         rows
         for num_ranks, budget in ((1, 130), (2, 130), (3, 200))
-        for plan in partition(batch, num_ranks, budget)
+        for plan in partition(batch, num_ranks, budget).plans
         for rows in plan
     ]
     # `plait check loss` moves rows about by itself.
-    cuts += [rows for plan in micro_batchings(units(batch)).values() for rows in plan]
+    cuts += [
+        rows
+        for plan in micro_batchings([list(unit.rows) for unit in units(batch)]).values()
+        for rows in plan
+    ]
     cuts += [joined(part) for parts in placements(batch).values() for part in parts]
     for rows in cuts:
         inside = {batch.group_names[row] for row in rows}

@@ -13,15 +13,10 @@ from plait.engine.batch import (
     blank,
     collate,
     count,
-    pack,
-    partition,
     select,
-    shard,
     split_minibatches,
 )
 from plait.engine.types import Source
-
-LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 
 
 def test_rows_lie_end_to_end():
@@ -81,35 +76,6 @@ def test_a_blank_batch_trains_nothing():
     empty = blank(select(batch, []))
     assert empty.num_rows == 1
     assert not empty.trained.any()
-
-
-@given(LENGTHS, st.integers(1, 4))
-def test_shards_cover_all_rows_and_balance(lengths, ranks):
-    parts = shard(lengths, ranks)
-    assert sorted(row for part in parts for row in part) == list(range(len(lengths)))
-    loads = [sum(lengths[row] for row in part) for part in parts]
-    assert max(loads) - min(loads) <= max(lengths)
-
-
-@given(LENGTHS, st.integers(50, 120))
-def test_packs_respect_the_budget(lengths, budget):
-    bins = pack(lengths, budget)
-    assert sorted(row for rows in bins for row in rows) == list(range(len(lengths)))
-    assert all(sum(lengths[row] for row in rows) <= budget for rows in bins)
-
-
-def test_a_row_beyond_the_budget_is_named():
-    with pytest.raises(ValueError, match="a row of 9 tokens exceeds"):
-        pack([3, 9], 8)
-
-
-@given(st.text("peh", min_size=1, max_size=12), st.integers(1, 3), st.integers(20, 60))
-def test_every_rank_has_as_many_micro_batches(kinds, ranks, budget):
-    batch = collate(make_rows(kinds))
-    plans = partition(batch, ranks, budget)
-    assert len({len(plan) for plan in plans}) == 1
-    rows = sorted(row for plan in plans for micro_batch in plan for row in micro_batch)
-    assert rows == list(range(batch.num_rows))
 
 
 @given(st.integers(1, 4), st.integers(0, 5))

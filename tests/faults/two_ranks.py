@@ -12,10 +12,11 @@ from rows import make_rows
 
 from plait.algorithms import Setup
 from plait.algorithms.chord import Chord, ChordConfig
-from plait.engine.batch import collate, count, partition, select
+from plait.engine.batch import collate, count, select
 from plait.engine.config import LearnerConfig
 from plait.engine.learner import LearnerWorker, Rank
 from plait.engine.master_weights import inner_optimizer, master_weights
+from plait.engine.packing import partition
 from plait.engine.types import Sampling, TrainBatch
 
 COEFS = {"mu": 0.4}
@@ -84,7 +85,7 @@ def play(model: str, settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
 
     def step(seed: int, optimizer: str) -> Any:
         batch = make_batch(seed)
-        mine = partition(batch, rank.world_size, 40)[rank.index]
+        mine = partition(batch, rank.world_size, 40).plans[rank.index]
         parts = [select(batch, rows) for rows in mine]
         return worker.step(parts, "main", COEFS, 1e-2, optimizer)
 
