@@ -1,7 +1,8 @@
 """A causal language model from transformers, seen as a function from rows to log-probs of their tokens.
 
-The LM head runs only on positions whose next token is trained, in chunks that are recomputed in the backward pass:
-logits of a whole micro-batch never exist at once. Softmax and everything after it is float32.
+The LM head runs only on positions whose next token is trained, in chunks that are recomputed in the backward pass
+(head_statistics.py where it is one matrix and only log-probs and entropy are wanted): logits of a whole micro-batch
+never exist at once. Softmax and everything after it is float32.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from .attention import SEGMENTS, hidden_states
 from .batch import from_sequences
 from .config import LearnerConfig, PatternConfig
 from .errors import LearnerError
+from .head_statistics import has_plain_head, head_statistics
 from .parameter_selection import freeze_unmatched
 from .row_sketch import sketch_rows
 from .token_samples import draw, expected_sums, sampled_sums, uniforms
@@ -153,6 +155,36 @@ class PolicyModel(nn.Module):
         if self.keeps_hidden:
             self._hidden, self.keeps_hidden = hidden.detach(), False
         inputs = {"hidden": hidden, "tokens": batch.targets[targets]}
+        flat = self._fused(wanted, inputs) or self._chunked(wanted, batch, targets, inputs)
+        return HeadOutput(
+            **{
+                name: column.new_zeros(batch.num_tokens).index_copy(0, targets, column)
+                for name, column in flat.items()
+            }
+        )
+
+    def _fused(self, wanted: frozenset[Need], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Log-probs and entropy [n], where nothing else is wanted of a head that is one matrix; else nothing."""
+        if wanted & {"token_samples", "ref_kl", "topk_entropy"} or not has_plain_head(self.model):
+            return {}
+        logprobs, entropy = head_statistics(
+            inputs["hidden"],
+            self.model.get_output_embeddings().weight,
+            inputs["tokens"],
+            softcap=self.softcap,
+            chunk_tokens=self.logit_chunk_tokens,
+            entropy="entropy" in wanted,
+        )
+        return {"logprobs": logprobs} | ({} if entropy is None else {"entropy": entropy})
+
+    def _chunked(
+        self,
+        wanted: frozenset[Need],
+        batch: TrainBatch,
+        targets: Tensor,
+        inputs: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Columns [n] of everything wanted; each chunk is recomputed in the backward pass."""
         if "token_samples" in wanted:
             if batch.row_seeds is None:
                 raise LearnerError("token samples need row seeds")
@@ -171,13 +203,7 @@ class PolicyModel(nn.Module):
             else:
                 result = self._head(wanted, chunk)
             results.append(result)
-        flat = {name: torch.cat([result[name] for result in results]) for name in results[0]}
-        return HeadOutput(
-            **{
-                name: column.new_zeros(batch.num_tokens).index_copy(0, targets, column)
-                for name, column in flat.items()
-            }
-        )
+        return {name: torch.cat([result[name] for result in results]) for name in results[0]}
 
     def sketch_rows(self, batch: TrainBatch, zero_stage: int) -> dict[str, Tensor]:
         """`logit_norms` and `logit_sketches` of the rows that `forward` has just seen. Collective under ZeRO-3."""
