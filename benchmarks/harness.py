@@ -84,6 +84,8 @@ class Side:
     """Number of the pair -> input, equal in cost for every number; not timed."""
     took: Callable[[Any], float] | None = None
     """Reads from the result what is compared, where that is not the time of `run`."""
+    repeats: int = 1
+    """How often `run` does the work that it proves, where once is too short to be timed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,12 +225,13 @@ class Session:
         before = self.clock.read()
         started = self.clock.now()
         result = side.run(given)
-        seconds = self.clock.now() - started
+        seconds = (self.clock.now() - started) / side.repeats
         after = self.clock.read()
         if side.took is not None:
             seconds = side.took(result)
         disturbed = "" if self.quick else disturbance(before, after)
-        return Run(index, seconds, after.own - before.own, side.prove(given, result), disturbed)
+        cpu_seconds = (after.own - before.own) / side.repeats
+        return Run(index, seconds, cpu_seconds, side.prove(given, result), disturbed)
 
     def _judge(self, figure: Figure, runs: Sequence[Run], rules: Rules) -> Figure:
         pairs = clean_pairs(runs)

@@ -1,0 +1,83 @@
+"""The least that PyTorch needs to train: a model, a loss, AdamW. What plait's learner is measured against.
+
+It gets micro-batches that are cut and packed already, runs the language-model head on trained positions only, and
+keeps what a bare loop may keep: no old log-probs are recorded, nothing is checked, nothing is reported but the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plait.algorithms import Setup
+from plait.algorithms.grpo import Grpo, GrpoConfig
+from plait.engine.attention import SEGMENTS, hidden_states
+from plait.engine.batch import collate, partition, select
+from plait.engine.model import token_logprobs
+from plait.engine.types import PolicyOutput, Sample, Sampling, TrainBatch
+
+ALGORITHM = Grpo(GrpoConfig(), Setup(Sampling(1024)))
+"""Whose loss both sides compute."""
+
+
+def cut(samples: Sequence[Sample], max_tokens: int) -> list[TrainBatch]:
+    """Packed micro-batches of one optimizer step on one rank."""
+    batch = collate(samples)
+    (plan,) = partition(batch, 1, max_tokens)
+    return [select(batch, rows) for rows in plan]
+
+
+class BareLoop:
+    def __init__(
+        self, folder: Path, dtype: torch.dtype = torch.float32, rate: float = 1e-6
+    ) -> None:
+        """bfloat16 weights have float32 master weights, as in the learner."""
+        from transformers import AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation=SEGMENTS
+        )
+        self.model.train()
+        self.weights = list(self.model.parameters())
+        self.masters = self.weights
+        if dtype != torch.float32:
+            self.masters = [w.detach().float().requires_grad_() for w in self.weights]
+        self.optimizer = torch.optim.AdamW(self.masters, lr=rate, fused=True)
+
+    def step(self, micro_batches: Sequence[TrainBatch]) -> float:
+        """One optimizer step; the loss."""
+        total = 0.0
+        for batch in micro_batches:
+            loss = self.loss(batch)
+            loss.backward()
+            total += float(loss.detach())
+        self.apply()
+        return total
+
+    def loss(self, batch: TrainBatch) -> Tensor:
+        targets = batch.trained.nonzero().squeeze(-1)
+        body: Any = self.model.base_model
+        hidden = hidden_states(body, batch, packing=True)[targets - 1]
+        logprobs = token_logprobs(
+            self.model.get_output_embeddings()(hidden), batch.targets[targets]
+        )
+        column = logprobs.new_zeros(batch.num_tokens).index_copy(0, targets, logprobs)
+        on_policy = replace(batch, old_logprobs=column.detach())
+        return ALGORITHM.losses["main"](PolicyOutput(column), on_policy, {}).loss
+
+    def apply(self) -> None:
+        if self.masters is not self.weights:
+            for master, weight in zip(self.masters, self.weights, strict=True):
+                master.grad = None if weight.grad is None else weight.grad.float()
+        torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.masters is not self.weights:
+            with torch.no_grad():
+                torch._foreach_copy_(self.weights, self.masters)
+            self.model.zero_grad()

@@ -1,0 +1,161 @@
+"""Steps of the real loop around workers that compute nothing: pool, journal, assembly, learner calls, weight sync."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from idle_workers import IdleLearner, IdleWorker
+from plait.algorithms import Setup
+from plait.algorithms.grpo import Grpo, GrpoConfig
+from plait.engine import loop, ray_ranks
+from plait.engine.checkpoint import Checkpoints
+from plait.engine.config import CheckpointConfig, EvalConfig, LearnerConfig, LoopConfig
+from plait.engine.journal import Journal
+from plait.engine.learner import WeightRoute
+from plait.engine.learners import LearnerGroup
+from plait.engine.metrics import RunLog
+from plait.engine.ray_ranks import RayRanks
+from plait.engine.sync_proof import Tolerance
+from plait.engine.types import Prompt, Rollout, RolloutGroup, RolloutRequest, Sampling, Score
+from plait.rewards.groups import ExpectedGroups
+from plait.rollouts import pool as pools
+from plait.rollouts.config import RolloutConfig
+from plait.rollouts.pool import Pool
+
+GROUP_SIZE = 4
+SAMPLING = Sampling(64)
+PROMPT_TOKENS = 64
+FOREVER = 10**9
+NO_EVALUATION = EvalConfig(num_prompts=0)
+
+
+class Stream:
+    """Endless prompts."""
+
+    eval_prompts: Sequence[Prompt] = ()
+
+    def __init__(self) -> None:
+        self.position = 0
+
+    def take(self, n: int) -> list[Prompt]:
+        self.position += n
+        ids = range(self.position - n, self.position)
+        return [Prompt(f"p/{i}", (), tuple(range(3, 3 + PROMPT_TOKENS))) for i in ids]
+
+    def take_experts(self, n: int) -> Sequence[Prompt]:
+        return ()
+
+    def observe(self, groups: Sequence[RolloutGroup]) -> None:
+        """The order of prompts does not depend on them."""
+
+    def metrics(self) -> Mapping[str, float]:
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.position = state["position"]
+
+
+class ParityScorer:
+    """Scores at once, in this process; no group is uniform for long."""
+
+    def score(
+        self,
+        requests: Sequence[RolloutRequest],
+        rollouts: Iterable[Rollout],
+        earlier: Sequence[RolloutGroup] = (),
+    ) -> list[RolloutGroup]:
+        groups, scores = ExpectedGroups(requests), {}
+        for rollout in rollouts:
+            groups.admit(rollout)
+            scores[rollout.prompt_id, rollout.index] = Score.ok(float(rollout.token_ids[0] % 2))
+        return groups.grouped(scores)
+
+
+class Silence:
+    """A console for nobody."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: None
+
+
+@contextmanager
+def idle_ranks(num_workers: int = 1) -> Iterator[RayRanks]:
+    """Ray is up."""
+    real, ray_ranks.RemoteLearner = ray_ranks.RemoteLearner, IdleLearner  # type: ignore[misc]
+    config = LearnerConfig(num_workers=num_workers)
+    ranks = RayRanks("none", config, {}, {}, {})
+    try:
+        ranks.wait_started()
+        yield ranks
+    finally:
+        ranks.close()
+        ray_ranks.RemoteLearner = real  # type: ignore[misc]
+
+
+@contextmanager
+def idle_pool(num_workers: int) -> Iterator[Pool]:
+    """Ray is up. RolloutError where the workers do not start in time."""
+    real, pools.RolloutWorker = pools.RolloutWorker, IdleWorker  # type: ignore[misc]
+    config = RolloutConfig(
+        num_workers=num_workers, max_prompt_length=128, max_response_length=64, max_num_seqs=8
+    )
+    pool = Pool("none", config, dtype="float32", seed=0)
+    try:
+        pool.wait_started()
+        yield pool
+    finally:
+        pool.close()
+        pools.RolloutWorker = real  # type: ignore[misc]
+
+
+class IdleRun:
+    """A run whose steps can be taken one by one."""
+
+    def __init__(self, folder: Path, pool: Pool, ranks: RayRanks, num_prompts: int) -> None:
+        algorithm = Grpo(GrpoConfig(rollouts_per_prompt=GROUP_SIZE), Setup(SAMPLING))
+        route = WeightRoute("shared_memory", "float32", 60.0)
+        learners = LearnerGroup(
+            ranks, LearnerConfig(), algorithm.needs, total_steps=FOREVER, seed=0, route=route
+        )
+        self.config = LoopConfig(steps=FOREVER, prompts_per_step=num_prompts)
+        self.parts = loop.Parts(
+            algorithm=algorithm,
+            data=cast(Any, Stream()),
+            rollouts=pool,
+            scorer=cast(Any, ParityScorer()),
+            learners=learners,
+            checkpoints=Checkpoints(folder / "checkpoints", CheckpointConfig()),
+            log=RunLog(folder, cast(Any, Silence())),
+            probes=(),
+            tolerance=Tolerance.for_dtype("float32"),
+            journal=Journal(folder / "journal", 0, lambda message: None),
+        )
+        self.state = loop.begin(self.config, NO_EVALUATION, SAMPLING, self.parts, None)
+
+    def step(self) -> float:
+        """Seconds of one step."""
+        started = time.perf_counter()
+        loop.go_on(self.config, NO_EVALUATION, SAMPLING, self.parts, self.state)
+        return time.perf_counter() - started
+
+    def close(self) -> None:
+        self.parts.log.close()
+
+
+def step_seconds(
+    folder: Path, ranks: RayRanks, num_workers: int, num_prompts: int, steps: int, warm: int = 5
+) -> list[float]:
+    """Of `steps` steps with so many rollout workers; the first ones are not counted."""
+    with idle_pool(num_workers) as pool:
+        run = IdleRun(folder / f"{num_workers}-workers", pool, ranks, num_prompts)
+        try:
+            return [run.step() for _ in range(warm + steps)][warm:]
+        finally:
+            run.close()

@@ -1,0 +1,101 @@
+"""Rollout workers and learner ranks that compute nothing: real Ray actors, so that what is left is the engine's own.
+
+A sample takes as long as its seed says, around SECONDS of the environment: sleeping uses no CPU, so that many workers
+fit a small machine and do not disturb each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from plait.engine.processes import die_with_parent
+from plait.engine.ray_ranks import RemoteLearner
+from plait.engine.types import Rollout
+from plait.rollouts.worker import RolloutWorker, SampleTask, WorkerProof
+
+SECONDS = "PLAIT_BENCH_SAMPLE_SECONDS"
+SPREAD = 0.25
+"""Of the logarithm of a sample's time."""
+RESPONSE = 64
+CHECKSUMS = {"weight": "0"}
+
+
+class IdleWorker(RolloutWorker):
+    async def start(self) -> None:
+        die_with_parent()
+        self._refusal = ""
+
+    async def beat(self) -> None:
+        """There is no process behind this one."""
+
+    async def generate(self, task: SampleTask) -> Rollout:
+        rng = np.random.default_rng(task.seed)
+        seconds = float(os.environ.get(SECONDS, "0"))
+        if seconds:
+            await asyncio.sleep(seconds * float(np.exp(rng.normal(0, SPREAD))))
+        tokens = tuple(rng.integers(3, 300, RESPONSE).tolist())
+        logprobs = (-1.0,) * RESPONSE
+        version = self._version
+        return Rollout(task.prompt_id, task.index, tokens, 0, logprobs, version, "length", "")
+
+    async def prove(self, version: int, probes: Sequence[Sequence[int]]) -> WorkerProof:
+        return WorkerProof(self._name, self._version, CHECKSUMS, (), ())
+
+    async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Nothing to agree on."""
+
+    async def start_weight_update(self) -> None:
+        """No weights."""
+
+    async def update_weights(self, update_info: dict[str, Any]) -> None:
+        """No weights."""
+
+    async def finish_weight_update(self, weight_version: str) -> None:
+        self._version = int(weight_version)
+
+
+class IdleRank:
+    """The methods of LearnerWorker that a step calls."""
+
+    def __init__(self) -> None:
+        self.sender: Any = None
+
+    def step(self, micro_batches: Sequence[Any], loss: str, *_: Any) -> Any:
+        from plait.engine.types import UpdateReport
+
+        tokens = sum(batch.num_tokens for batch in micro_batches)
+        return UpdateReport(loss, 1.0, {"loss": 0.0, "seen": float(tokens)}, 0.0)
+
+    def connect(self, receivers: Sequence[Any], route: Any) -> None:
+        import torch
+
+        from plait.engine.weight_sync import make_sender
+
+        self.sender = make_sender(
+            route.kind, rank=0, dtype=torch.float32, timeout_seconds=route.timeout_seconds
+        )
+        self.sender.connect(receivers)
+
+    def send_weights(self, version: int) -> Mapping[str, str]:
+        import torch
+
+        self.sender.send(lambda: [("weight", torch.zeros(16))], version)
+        return CHECKSUMS
+
+    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        return []
+
+    def close(self) -> None:
+        if self.sender is not None:
+            self.sender.close()
+
+
+class IdleLearner(RemoteLearner):
+    def start(self, *args: Any) -> None:
+        worker: Any = IdleRank()
+        self.worker = worker

@@ -1,0 +1,38 @@
+"""Some steps of the quickstart recipe, SmolLM2-135M with CHORD: what shares of a real step are measured on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+OUTSIDE = ("time/rollout", "time/update", "time/sync")
+"""Phases in which workers work."""
+
+
+def quickstart_steps(steps: int, *overrides: str) -> list[dict[str, Any]]:
+    """The metrics of each step but the first, which warms up. Raises CalledProcessError where the run fails."""
+    with TemporaryDirectory() as folder:
+        settings = {
+            "run.dir": folder,
+            "run.name": "run",
+            "loop.steps": steps + 1,
+            "eval.num_prompts": 0,
+            "checkpoint.every": 0,
+        }
+        given = [f"{name}={value}" for name, value in settings.items()]
+        command = [sys.executable, "-m", "plait.launch", "train", "quickstart", *given, *overrides]
+        subprocess.run(command, check=True)
+        lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [row for row in rows if "time/step" in row][1:]
+
+
+def share_of_steps(rows: list[dict[str, Any]], phase: str) -> list[float]:
+    """Of each step; `phase`: "sync", or "control" for what is left when the workers' phases are taken off."""
+    if phase != "control":
+        return [row[f"time/{phase}"] / row["time/step"] for row in rows]
+    return [1 - sum(row[name] for name in OUTSIDE) / row["time/step"] for row in rows]
