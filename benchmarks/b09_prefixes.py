@@ -68,6 +68,11 @@ def measure(session: Session) -> None:
         measure_prefill(session, Path(folder))
 
 
+def prefilled(worker: Any) -> int:
+    count: Any = ray.get(worker.count.remote())
+    return count
+
+
 def measure_prefill(session: Session, folder: Path) -> None:
     model = make_tiny_model(folder / "tiny", heads=2, kv_heads=1)
     config = RolloutConfig(max_prompt_length=512, max_response_length=256, kv_cache_gib=1.0)
@@ -79,9 +84,9 @@ def measure_prefill(session: Session, folder: Path) -> None:
             pool.wait_started()
             (worker,) = pool.receivers()
             for seed in range(2 if session.quick else 5):
-                before = ray.get(worker.count.remote())
+                before = prefilled(worker)
                 list(pool.generate(make_requests(seed), step=0))
-                computed = ray.get(worker.count.remote()) - before
+                computed = prefilled(worker) - before
                 ratios.append(computed / (PROMPTS * (PROMPT_TOKENS + max(PREFIXES))))
         finally:
             pool.close()
@@ -123,7 +128,7 @@ def measure_price(session: Session, folder: Path) -> None:
 
         def prove(number: int, reports: Any) -> Work:
             assert reports[0].applied, reports
-            return Work.of([row.token_ids for row in rows if (row.source == Source.POLICY).any()])
+            return Work.of(row.token_ids.tolist() for row in rows if Source.POLICY in row.source)
 
         return Side(name, run, prove)
 

@@ -39,11 +39,11 @@ class BareLoop:
         """bfloat16 weights have float32 master weights, as in the learner."""
         from transformers import AutoModelForCausalLM
 
-        self.model = AutoModelForCausalLM.from_pretrained(
+        self.model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation=SEGMENTS
         )
         self.model.train()
-        self.weights = list(self.model.parameters())
+        self.weights: list[Tensor] = list(self.model.parameters())
         self.masters = self.weights
         if dtype != torch.float32:
             self.masters = [w.detach().float().requires_grad_() for w in self.weights]
@@ -61,8 +61,7 @@ class BareLoop:
 
     def loss(self, batch: TrainBatch) -> Tensor:
         targets = batch.trained.nonzero().squeeze(-1)
-        body: Any = self.model.base_model
-        hidden = hidden_states(body, batch, packing=True)[targets - 1]
+        hidden = hidden_states(self.model.base_model, batch, packing=True)[targets - 1]
         logprobs = token_logprobs(
             self.model.get_output_embeddings()(hidden), batch.targets[targets]
         )
@@ -79,5 +78,6 @@ class BareLoop:
         self.optimizer.zero_grad()
         if self.masters is not self.weights:
             with torch.no_grad():
-                torch._foreach_copy_(self.weights, self.masters)
+                for weight, master in zip(self.weights, self.masters, strict=True):
+                    weight.copy_(master)
             self.model.zero_grad()
