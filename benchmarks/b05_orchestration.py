@@ -18,7 +18,7 @@ from idle_run import idle_ranks, step_seconds
 from plait.engine.batch import collate
 from plait.engine.ray_ranks import RayRanks
 from plait.launch.cluster import ray_cluster
-from real_run import quickstart_steps, share_of_steps
+from quickstart_run import quickstart_steps, share_of_steps
 from shapes import make_groups
 
 WORKERS = (1, 2, 8, 32)

@@ -19,7 +19,7 @@ from plait.launch.cluster import ray_cluster
 from plait.launch.model import resolve_model
 from plait.rollouts.config import RolloutConfig
 from plait.rollouts.pool import Pool
-from real_run import quickstart_steps, share_of_steps
+from quickstart_run import quickstart_steps, share_of_steps
 
 MODEL = "smollm2-135m-instruct"
 COPIES = 10
