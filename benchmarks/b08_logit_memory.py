@@ -112,7 +112,7 @@ def measure_memory(session: Session, folder: Path) -> None:
 
 def measure_time(session: Session, folder: Path) -> None:
     make_tiny_model(folder, vocab_size=49_152, hidden=576, heads=9, kv_heads=3, layers=1)
-    rows = sequences(256 if session.quick else 1024)
+    rows = sequences(512)
     models = {way: load(folder) for way, (load, _) in WAYS.items()}
 
     def side(way: str) -> Side:
@@ -129,7 +129,7 @@ def measure_time(session: Session, folder: Path) -> None:
         target=at_most(1.05),
         value=cost,
         seconds=100,
-        note="1024 tokens, all of them trained; one layer of width 576, vocabulary 49152, float32",
+        note="512 tokens, all of them trained; one layer of width 576, vocabulary 49152, float32",
     )
     session.count(
         "largest difference of a gradient, ours against naive",

@@ -31,7 +31,7 @@ from shapes import HIGH, LOW, learner_group, make_groups, small_model
 from tiny_model import make_tiny_model
 
 PROMPTS, GROUP_SIZE, PROMPT_TOKENS, PREFIXES = 8, 8, 500, (0, 120, 240)
-SHAPE = {"num_prompts": 4, "group_size": 8, "prompt_tokens": 32, "lengths": [16, 24, 32, 56]}
+SHAPE = {"num_prompts": 2, "group_size": 8, "prompt_tokens": 32, "lengths": [16, 24, 32, 56]}
 
 
 class CountingWorker(RolloutWorker):

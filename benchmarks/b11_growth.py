@@ -30,7 +30,7 @@ from shapes import learner_group, make_groups, small_model
 
 LENGTHS = (128, 256, 512, 1024)
 WORKERS = (1, 4, 16, 32)
-ROWS = (1_000, 8_000, 64_000)
+ROWS = (1_000, 4_000, 16_000)
 REPETITIONS = 5
 FLAT = at_most(0.1)
 
@@ -59,7 +59,7 @@ def measure_learner(session: Session, folder: Path) -> None:
     model = small_model(folder / "model")
     rows = {n: make_groups(n, 2, 2, n // 4, [n - n // 4]) for n in lengths}
     engine = learner_group(model, ALGORITHM, max_tokens_per_micro_batch=4 * max(lengths))
-    bare, batches = BareLoop(model), {n: cut(rows[n], 4 * max(lengths)) for n in lengths}
+    bare, batches = BareLoop(model), {n: cut(rows[n], 4 * max(lengths))[0] for n in lengths}
 
     def ours(n: int) -> None:
         engine.update(collate(rows[n]), Update(tuple(rows[n]), "main", {}), step=0)

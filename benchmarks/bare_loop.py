@@ -7,12 +7,13 @@ keeps what a bare loop may keep: no old log-probs are recorded, nothing is check
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from plait.algorithms import Setup
 from plait.algorithms.grpo import Grpo, GrpoConfig
@@ -25,25 +26,51 @@ ALGORITHM = Grpo(GrpoConfig(), Setup(Sampling(1024)))
 """Whose loss both sides compute."""
 
 
-def cut(samples: Sequence[Sample], max_tokens: int) -> list[TrainBatch]:
-    """Packed micro-batches of one optimizer step on one rank."""
+def cut(samples: Sequence[Sample], max_tokens: int, ranks: int = 1) -> list[list[TrainBatch]]:
+    """Packed micro-batches of one optimizer step, for each rank."""
     batch = collate(samples)
-    (plan,) = partition(batch, 1, max_tokens)
-    return [select(batch, rows) for rows in plan]
+    return [[select(batch, rows) for rows in plan] for plan in partition(batch, ranks, max_tokens)]
 
 
-class BareLoop:
-    def __init__(
-        self, folder: Path, dtype: torch.dtype = torch.float32, rate: float = 1e-6
-    ) -> None:
-        """bfloat16 weights have float32 master weights, as in the learner."""
+class Policy(nn.Module):
+    """Packed rows -> the loss."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        super().__init__()
         from transformers import AutoModelForCausalLM
 
         self.model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation=SEGMENTS
         )
-        self.model.train()
-        self.weights: list[Tensor] = list(self.model.parameters())
+
+    def forward(self, batch: TrainBatch) -> Tensor:
+        targets = batch.trained.nonzero().squeeze(-1)
+        hidden = hidden_states(self.model.base_model, batch, packing=True)[targets - 1]
+        logits = self.model.get_output_embeddings()(hidden)
+        logprobs = token_logprobs(logits, batch.targets[targets])
+        column = logprobs.new_zeros(batch.num_tokens).index_copy(0, targets, logprobs)
+        on_policy = replace(batch, old_logprobs=column.detach())
+        return ALGORITHM.losses["main"](PolicyOutput(column), on_policy, {}).loss
+
+
+class BareLoop:
+    """One process; with `distributed`, one of the ranks of a process group, under DistributedDataParallel."""
+
+    def __init__(
+        self,
+        folder: Path,
+        dtype: torch.dtype = torch.float32,
+        *,
+        rate: float = 1e-6,
+        distributed: bool = False,
+    ) -> None:
+        """bfloat16 weights have float32 master weights, as in the learner."""
+        self.policy: nn.Module = Policy(folder, dtype).train()
+        self.world_size = 1
+        if distributed:
+            self.policy = nn.parallel.DistributedDataParallel(self.policy)
+            self.world_size = torch.distributed.get_world_size()
+        self.weights: list[Tensor] = list(self.policy.parameters())
         self.masters = self.weights
         if dtype != torch.float32:
             self.masters = [w.detach().float().requires_grad_() for w in self.weights]
@@ -52,24 +79,17 @@ class BareLoop:
     def step(self, micro_batches: Sequence[TrainBatch]) -> float:
         """One optimizer step; the loss."""
         total = 0.0
-        for batch in micro_batches:
-            loss = self.loss(batch)
-            loss.backward()
+        for i, batch in enumerate(micro_batches):
+            waits = self.world_size > 1 and i < len(micro_batches) - 1
+            policy: Any = self.policy
+            with policy.no_sync() if waits else nullcontext():
+                loss = policy(batch)
+                (loss * self.world_size).backward()  # gradients are averaged over ranks
             total += float(loss.detach())
-        self.apply()
+        self._apply()
         return total
 
-    def loss(self, batch: TrainBatch) -> Tensor:
-        targets = batch.trained.nonzero().squeeze(-1)
-        hidden = hidden_states(self.model.base_model, batch, packing=True)[targets - 1]
-        logprobs = token_logprobs(
-            self.model.get_output_embeddings()(hidden), batch.targets[targets]
-        )
-        column = logprobs.new_zeros(batch.num_tokens).index_copy(0, targets, logprobs)
-        on_policy = replace(batch, old_logprobs=column.detach())
-        return ALGORITHM.losses["main"](PolicyOutput(column), on_policy, {}).loss
-
-    def apply(self) -> None:
+    def _apply(self) -> None:
         if self.masters is not self.weights:
             for master, weight in zip(self.masters, self.weights, strict=True):
                 master.grad = None if weight.grad is None else weight.grad.float()
@@ -80,4 +100,4 @@ class BareLoop:
             with torch.no_grad():
                 for weight, master in zip(self.weights, self.masters, strict=True):
                     weight.copy_(master)
-            self.model.zero_grad()
+            self.policy.zero_grad()

@@ -44,6 +44,7 @@ class Benchmark:
 
 
 BENCHMARKS = {
+    "B2": Benchmark("b02_learner", "learner efficiency", 270),
     "B3": Benchmark("b03_rollouts", "rollout efficiency", 420),
     "B5": Benchmark("b05_orchestration", "orchestration", 240),
     "B6": Benchmark("b06_packing", "padding and balance", 60),
