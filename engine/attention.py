@@ -7,6 +7,7 @@ does the same and is preferred.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from .shared_prefix import lay_out
 from .types import TrainBatch
 
 SEGMENTS = "plait_segments"
+SHORT_TOKENS = 512
+"""Keys of a row up to which `attend_short` is faster: 1.2 to 2.9 times at 64 to 512 tokens, not at 1,400."""
 
 
 def segment_attention(
@@ -69,7 +72,10 @@ def _attend(
     """
     length, earlier = key.shape[2], key.shape[2] - query.shape[2]
     outside = window is not None and length > window
-    if softcap is None and not outside and shown is None and not earlier:
+    plain = softcap is None and not outside and shown is None
+    if plain and is_short(key) and dropout == 0:
+        return attend_short(query, key, value, scaling)
+    if plain and not earlier:
         return scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
         )
@@ -90,6 +96,33 @@ def _attend(
     scores = torch.tanh(scores / softcap) * softcap
     weights = scores.masked_fill(~visible, float("-inf")).float().softmax(-1).to(query.dtype)
     return torch.nn.functional.dropout(weights, dropout) @ value
+
+
+def is_short(key: Tensor) -> bool:
+    """Where plain matrix products beat torch's attention kernel: half precision on the CPU, few tokens."""
+    half = key.dtype in (torch.bfloat16, torch.float16)
+    return half and key.device.type == "cpu" and key.shape[2] <= SHORT_TOKENS
+
+
+def attend_short(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    """Causal attention of the last tokens of a row to all of it: [1, H, L, D], [1, H_kv, M, D] -> [1, H, L, D].
+
+    Heads that share keys are rows of one product. The scores [H, L, M] exist, and stay for the backward pass.
+    """
+    _, heads, length, width = query.shape
+    shared, total = key.shape[1:3]
+    rows = query[0].reshape(shared, heads // shared * length, width)
+    scores = torch.bmm(rows, key[0].transpose(1, 2)).mul_(scaling or width**-0.5)
+    later = later_keys(key.dtype)[total - length : total, :total]
+    scores = scores.view(shared, heads // shared, length, total) + later
+    weights = scores.view(shared, -1, total).softmax(-1)
+    return torch.bmm(weights, value[0]).view(1, heads, length, width)
+
+
+@cache
+def later_keys(dtype: torch.dtype) -> Tensor:
+    """[SHORT_TOKENS, SHORT_TOKENS]: -inf where the key comes after the query, else 0."""
+    return torch.full((SHORT_TOKENS, SHORT_TOKENS), float("-inf"), dtype=dtype).triu_(1)
 
 
 def no_mask(*_: Any, **__: Any) -> None:

@@ -43,6 +43,7 @@ def test_values_and_gradients_are_those_of_the_full_logits(entropy, softcap, chu
     loss, expected_loss = (logprobs * pull[0]).sum(), (expected * pull[0]).sum()
     if entropy:
         torch.testing.assert_close(entropies, expected_entropies)
+        assert entropies is not None
         loss = loss + (entropies * pull[1]).sum()
         expected_loss = expected_loss + (expected_entropies * pull[1]).sum()
     else:
@@ -56,12 +57,12 @@ def test_half_precision_sums_over_chunks_in_float32():
     """The gradient of the weights is no worse with 1 token a chunk than with all in one."""
     hidden, weight, tokens = make_inputs(torch.bfloat16)
 
-    def gradient(chunk_tokens, *inputs):
+    def gradient(chunk_tokens, hidden, weight):
         logprobs, _ = head_statistics(
-            *inputs, tokens, softcap=None, chunk_tokens=chunk_tokens, entropy=False
+            hidden, weight, tokens, softcap=None, chunk_tokens=chunk_tokens, entropy=False
         )
         assert logprobs.dtype == torch.float32
-        return torch.autograd.grad(logprobs.sum(), inputs[1])[0].float()
+        return torch.autograd.grad(logprobs.sum(), weight)[0].float()
 
     exact = gradient(TOKENS, hidden.float(), weight.float())
     errors = [(gradient(n, hidden, weight) - exact).norm() for n in (1, TOKENS)]

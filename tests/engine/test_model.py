@@ -4,6 +4,7 @@ import pytest
 import torch
 from rows import make_rows
 
+from plait.engine.attention import SHORT_TOKENS, attend_short, is_short
 from plait.engine.batch import collate, from_sequences
 from plait.engine.config import LearnerConfig
 from plait.engine.model import (
@@ -126,3 +127,46 @@ def test_distances_to_the_reference_come_in_chunks_with_a_gradient_to_the_policy
     total.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("length", "total"), [(64, 64), (7, 7), (20, 33), (1, 9)])
+def test_short_rows_attend_as_the_kernel_does(length, total):
+    """Values and gradients, grouped heads, the last tokens of a row."""
+    torch.manual_seed(0)
+    heads, width = {"query": 6, "key": 2, "value": 2}, 8
+    tensors = [
+        torch.randn(1, n, length if name == "query" else total, width, requires_grad=True)
+        for name, n in heads.items()
+    ]
+    visible = torch.ones(length, total, dtype=torch.bool).tril(total - length)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *tensors, attn_mask=visible, enable_gqa=True
+    )
+    found = attend_short(*tensors, None)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    pull = torch.randn_like(expected)
+    gradients = torch.autograd.grad(found, tensors, pull)
+    for one, other in zip(gradients, torch.autograd.grad(expected, tensors, pull), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+def test_half_precision_on_the_cpu_takes_short_rows_by_products():
+    def key(tokens, dtype):
+        return torch.zeros(1, 2, tokens, 8, dtype=dtype)
+
+    assert is_short(key(SHORT_TOKENS, torch.bfloat16))
+    assert not is_short(key(SHORT_TOKENS + 1, torch.bfloat16))
+    assert not is_short(key(8, torch.float32))
+
+
+@pytest.mark.parametrize("tokens", [40, SHORT_TOKENS + 40])
+def test_bfloat16_agrees_with_float32_at_any_length(tiny_model, tokens):
+    """Above and below the length where the kernel takes over, the error is that of the precision."""
+    generator = torch.Generator().manual_seed(0)
+    batch = from_sequences([torch.randint(3, 300, (tokens,), generator=generator).tolist()])
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        model = load_model(str(tiny_model), LearnerConfig(dtype=dtype, zero_stage=1))
+        with torch.no_grad():
+            found.append(PolicyModel(model, packing=True, logit_chunk_tokens=64)(batch).logprobs)
+    assert (found[0] - found[1]).abs().mean() < 0.03
