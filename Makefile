@@ -5,7 +5,7 @@ BIN := .venv/bin
 PINS := requirements/cpu.lock
 STAMP := .venv/installed-$(shell cat $(PINS) pyproject.toml | sha256sum | cut -c1-16)
 
-.PHONY: help setup quickstart test faults lint format check-gpu-requirements clean
+.PHONY: help setup quickstart test faults bench peer-trl lint format check-gpu-requirements clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 26
@@ -30,6 +30,16 @@ faults: $(STAMP) ## Run the whole catalogue of faults, the long ones too, and wr
 	PLAIT_FAULTS_REPORT=build/faults $(BIN)/python -m pytest tests/faults tests/rewards tests/data \
 		tests/model/test_remote_code.py tests/algorithms/test_bad_traces.py -m "long or not long"
 	$(BIN)/python tests/faults/write_table.py build/faults docs/reliability.md
+
+bench: $(STAMP) peer-trl ## Measure everything and write docs/benchmarks.md; takes up to an hour.
+	$(BIN)/plait bench all --out docs/benchmarks.md
+
+peer-trl: build/peer-trl/installed ## Make the environment of TRL, the peer of benchmark B1.
+
+build/peer-trl/installed: requirements/peer-trl.txt
+	$(PYTHON) -m venv --clear build/peer-trl
+	build/peer-trl/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
 
 lint: $(STAMP) ## Format, lint, layers and types.
 	$(BIN)/ruff format --check .

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from idle_workers import IdleLearner, IdleWorker
+from loop_run import LoopRun
 from plait.algorithms import Setup
 from plait.algorithms.grpo import Grpo, GrpoConfig
-from plait.engine import loop, ray_ranks
-from plait.engine.checkpoint import Checkpoints
-from plait.engine.config import CheckpointConfig, EvalConfig, LearnerConfig, LoopConfig
-from plait.engine.journal import Journal
+from plait.engine import ray_ranks
+from plait.engine.config import LearnerConfig
 from plait.engine.learner import WeightRoute
 from plait.engine.learners import LearnerGroup
-from plait.engine.metrics import RunLog
 from plait.engine.ray_ranks import RayRanks
-from plait.engine.sync_proof import Tolerance
 from plait.engine.types import Prompt, Rollout, RolloutGroup, RolloutRequest, Sampling, Score
 from plait.rewards.groups import ExpectedGroups
 from plait.rollouts import pool as pools
@@ -29,8 +25,6 @@ from plait.rollouts.pool import Pool
 GROUP_SIZE = 4
 SAMPLING = Sampling(64)
 PROMPT_TOKENS = 64
-FOREVER = 10**9
-NO_EVALUATION = EvalConfig(num_prompts=0)
 
 
 class Stream:
@@ -78,13 +72,6 @@ class ParityScorer:
         return groups.grouped(scores)
 
 
-class Silence:
-    """A console for nobody."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *arguments: None
-
-
 @contextmanager
 def idle_ranks(num_workers: int = 1) -> Iterator[RayRanks]:
     """Ray is up."""
@@ -115,38 +102,14 @@ def idle_pool(num_workers: int) -> Iterator[Pool]:
         pools.RolloutWorker = real  # type: ignore[misc]
 
 
-class IdleRun:
-    """A run whose steps can be taken one by one."""
-
-    def __init__(self, folder: Path, pool: Pool, ranks: RayRanks, num_prompts: int) -> None:
-        algorithm = Grpo(GrpoConfig(rollouts_per_prompt=GROUP_SIZE), Setup(SAMPLING))
-        route = WeightRoute("shared_memory", "float32", 60.0)
-        learners = LearnerGroup(
-            ranks, LearnerConfig(), algorithm.needs, total_steps=FOREVER, seed=0, route=route
-        )
-        self.config = LoopConfig(steps=FOREVER, prompts_per_step=num_prompts)
-        self.parts = loop.Parts(
-            algorithm=algorithm,
-            data=cast(Any, Stream()),
-            rollouts=pool,
-            scorer=cast(Any, ParityScorer()),
-            learners=learners,
-            checkpoints=Checkpoints(folder / "checkpoints", CheckpointConfig()),
-            log=RunLog(folder, cast(Any, Silence())),
-            probes=(),
-            tolerance=Tolerance.for_dtype("float32"),
-            journal=Journal(folder / "journal", 0, lambda message: None),
-        )
-        self.state = loop.begin(self.config, NO_EVALUATION, SAMPLING, self.parts, None)
-
-    def step(self) -> float:
-        """Seconds of one step."""
-        started = time.perf_counter()
-        loop.go_on(self.config, NO_EVALUATION, SAMPLING, self.parts, self.state)
-        return time.perf_counter() - started
-
-    def close(self) -> None:
-        self.parts.log.close()
+def idle_loop(folder: Path, pool: Pool, ranks: RayRanks, num_prompts: int) -> LoopRun:
+    algorithm = Grpo(GrpoConfig(rollouts_per_prompt=GROUP_SIZE), Setup(SAMPLING))
+    route = WeightRoute("shared_memory", "float32", 60.0)
+    learners = LearnerGroup(
+        ranks, LearnerConfig(), algorithm.needs, total_steps=10**9, seed=0, route=route
+    )
+    parts = {"data": Stream(), "rollouts": pool, "scorer": ParityScorer(), "learners": learners}
+    return LoopRun(folder, algorithm, SAMPLING, num_prompts, **parts)
 
 
 def step_seconds(
@@ -154,7 +117,7 @@ def step_seconds(
 ) -> list[float]:
     """Of `steps` steps with so many rollout workers; the first ones are not counted."""
     with idle_pool(num_workers) as pool:
-        run = IdleRun(folder / f"{num_workers}-workers", pool, ranks, num_prompts)
+        run = idle_loop(folder / f"{num_workers}-workers", pool, ranks, num_prompts)
         try:
             return [run.step() for _ in range(warm + steps)][warm:]
         finally:
