@@ -1,8 +1,9 @@
 """B2: the learner against a bare PyTorch loop on the same packed micro-batches, with the same loss and optimizer.
 
 The learner is the one of a run: ranks in Ray actors, so that cutting and sending the batch, log-probs, diagnostics,
-reports and ZeRO are all in its time. The bare loops get micro-batches that are cut already: one in this process, and
-two under DistributedDataParallel over gloo, one thread each, in actors as well.
+reports and ZeRO are all in its time. Prompts of a group are computed for every row, as in the bare loops. These get
+micro-batches that are cut already: one loop in this process, and two under DistributedDataParallel over gloo, one
+thread each, in actors as well.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class DdpRank:
 
 @contextmanager
 def learner(model: Path, **fields: Any) -> Iterator[LearnerGroup]:
-    config = LearnerConfig(max_tokens_per_micro_batch=BUDGET, **fields)
+    config = LearnerConfig(max_tokens_per_micro_batch=BUDGET, share_prefixes=False, **fields)
     ranks = RayRanks(str(model), config, ALGORITHM.losses, ALGORITHM.needs, learner_env())
     try:
         ranks.wait_started()

@@ -58,7 +58,9 @@ def measure_learner(session: Session, folder: Path) -> None:
     lengths = LENGTHS[:2] if session.quick else LENGTHS
     model = small_model(folder / "model")
     rows = {n: make_groups(n, 2, 2, n // 4, [n - n // 4]) for n in lengths}
-    engine = learner_group(model, ALGORITHM, max_tokens_per_micro_batch=4 * max(lengths))
+    engine = learner_group(
+        model, ALGORITHM, max_tokens_per_micro_batch=4 * max(lengths), share_prefixes=False
+    )
     bare, batches = BareLoop(model), {n: cut(rows[n], 4 * max(lengths))[0] for n in lengths}
 
     def ours(n: int) -> None:

@@ -1,7 +1,8 @@
 """The least that PyTorch needs to train: a model, a loss, AdamW. What plait's learner is measured against.
 
-It gets micro-batches that are cut and packed already, runs the language-model head on trained positions only, and
-keeps what a bare loop may keep: no old log-probs are recorded, nothing is checked, nothing is reported but the loss.
+It has the learner's attention over packed rows and gets micro-batches that are cut already, runs the language-model head
+on trained positions only, and leaves out what a bare loop may: no old log-probs are recorded, nothing is checked,
+nothing is reported but the loss.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from plait.algorithms import Setup
 from plait.algorithms.grpo import Grpo, GrpoConfig
 from plait.engine.attention import SEGMENTS, hidden_states
-from plait.engine.batch import collate, partition, select
+from plait.engine.batch import collate, select
 from plait.engine.model import token_logprobs
+from plait.engine.packing import partition
 from plait.engine.types import PolicyOutput, Sample, Sampling, TrainBatch
 
 ALGORITHM = Grpo(GrpoConfig(), Setup(Sampling(1024)))
@@ -29,7 +31,8 @@ ALGORITHM = Grpo(GrpoConfig(), Setup(Sampling(1024)))
 def cut(samples: Sequence[Sample], max_tokens: int, ranks: int = 1) -> list[list[TrainBatch]]:
     """Packed micro-batches of one optimizer step, for each rank."""
     batch = collate(samples)
-    return [[select(batch, rows) for rows in plan] for plan in partition(batch, ranks, max_tokens)]
+    plans = partition(batch, ranks, max_tokens).plans
+    return [[select(batch, rows) for rows in plan] for plan in plans]
 
 
 class Policy(nn.Module):
@@ -45,7 +48,7 @@ class Policy(nn.Module):
 
     def forward(self, batch: TrainBatch) -> Tensor:
         targets = batch.trained.nonzero().squeeze(-1)
-        hidden = hidden_states(self.model.base_model, batch, packing=True)[targets - 1]
+        hidden = hidden_states(self.model.base_model, batch, targets - 1, packing=True)
         logits = self.model.get_output_embeddings()(hidden)
         logprobs = token_logprobs(logits, batch.targets[targets])
         column = logprobs.new_zeros(batch.num_tokens).index_copy(0, targets, logprobs)

@@ -10,6 +10,7 @@ step; the answer is a line of JSON with what was trained. WORK.json holds the pr
 is a change of one condition in TRL, not a setting of it.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import argparse
