@@ -63,7 +63,7 @@ def endless_model(folder: Path) -> Path:
 def make_requests(number: int) -> list[RolloutRequest]:
     """Fresh prompts for every number, of equal lengths, so that no cache knows them."""
     rng = np.random.default_rng([number + 1])
-    lengths = lengths_like_answers(0, PROMPTS, mean=32, cap=CONFIG.max_response_length)
+    lengths = lengths_like_answers(0, PROMPTS, mean=24, cap=CONFIG.max_response_length)
     requests = []
     for i, length in enumerate(lengths):
         tokens = tuple(rng.integers(100, 20_000, PROMPT_TOKENS).tolist())

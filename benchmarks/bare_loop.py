@@ -1,8 +1,8 @@
 """The least that PyTorch needs to train: a model, a loss, AdamW. What plait's learner is measured against.
 
-It has the learner's attention over packed rows and gets micro-batches that are cut already, runs the language-model head
-on trained positions only, and leaves out what a bare loop may: no old log-probs are recorded, nothing is checked,
-nothing is reported but the loss.
+It has the learner's attention over packed rows and micro-batches that are cut already, runs the language-model head on
+trained positions only, and leaves out what a bare loop may: no old log-probs are recorded, nothing is checked, nothing
+is reported but the loss.
 """
 
 from __future__ import annotations

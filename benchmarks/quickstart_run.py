@@ -1,4 +1,7 @@
-"""Some steps of the quickstart recipe, SmolLM2-135M with CHORD: what shares of a real step are measured on."""
+"""Some steps of the quickstart recipe, SmolLM2-135M with CHORD: what shares of a real step are measured on.
+
+python benchmarks/quickstart_run.py 5 key=value ...     the share of each phase, as a table
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-OUTSIDE = ("time/rollout", "time/update", "time/sync")
+OUTSIDE = ("rollout", "update", "sync")
 """Phases in which workers work."""
 
 
@@ -35,4 +39,22 @@ def share_of_steps(rows: list[dict[str, Any]], phase: str) -> list[float]:
     """Of each step; `phase`: "sync", or "control" for what is left when the workers' phases are taken off."""
     if phase != "control":
         return [row[f"time/{phase}"] / row["time/step"] for row in rows]
-    return [1 - sum(row[name] for name in OUTSIDE) / row["time/step"] for row in rows]
+    return [1 - sum(row[f"time/{name}"] for name in OUTSIDE) / row["time/step"] for row in rows]
+
+
+def phases(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines of a table: median seconds of each phase, and its share of the step."""
+    names = [k.removeprefix("time/") for k in rows[0] if k.startswith("time/")]
+    named = [name for name in names if name not in ("step", "steps_so_far")]
+    step = median(row["time/step"] for row in rows)
+    seconds = {name: median(row[f"time/{name}"] for row in rows) for name in named}
+    seconds["between phases"] = median(
+        row["time/step"] - sum(row[f"time/{name}"] for name in named) for row in rows
+    )
+    lines = [f"| {name} | {s:.2f} | {s / step:.1%} |" for name, s in seconds.items()]
+    head = ["| phase | seconds | share |", "|---|---|---|"]
+    return [*head, *lines, f"| step | {step:.2f} | {len(rows)} steps |"]
+
+
+if __name__ == "__main__":
+    print("\n".join(phases(quickstart_steps(int(sys.argv[1]), *sys.argv[2:]))))
