@@ -136,19 +136,23 @@ def select(batch: TrainBatch, rows: Sequence[int]) -> TrainBatch:
     return replace(batch, **taken)
 
 
-def with_gradient(batch: TrainBatch, advantage_only: frozenset[Source]) -> TrainBatch:
-    """The rows that may have a gradient; denominators stay those of all rows, and say what was left out.
+def has_gradient(batch: TrainBatch, advantage_only: frozenset[Source]) -> Tensor:
+    """bool [N]: rows that may have a gradient.
 
     A row has none where it trains no token, or only tokens of sources in `advantage_only` whose advantage is 0. Rows
-    that are compared with others stay.
+    that are compared with others are taken to have one.
     """
     live = batch.trained
     for source in advantage_only:
         live = live & ~((batch.source == source) & (batch.advantages == 0))
-    kept = torch.zeros(batch.num_rows, dtype=torch.bool)
-    kept[batch.row_ids[live]] = True
-    if batch.pairs is not None:
-        kept |= batch.pairs != 0
+    rows = torch.zeros(batch.num_rows, dtype=torch.bool)
+    rows[batch.row_ids[live]] = True
+    return rows if batch.pairs is None else rows | (batch.pairs != 0)
+
+
+def with_gradient(batch: TrainBatch, advantage_only: frozenset[Source]) -> TrainBatch:
+    """The rows that may have a gradient; denominators stay those of all rows, and say what was left out."""
+    kept = has_gradient(batch, advantage_only)
     if bool(kept.all()):
         return batch
     absent = count(select(batch, (~kept).nonzero().squeeze(-1).tolist()))

@@ -298,10 +298,14 @@ class Scorer(Protocol):
 class Learners(Protocol):
     """Learner ranks behind one door."""
 
-    def annotate(self, batch: TrainBatch, needs: frozenset[Need], *, single: bool) -> TrainBatch:
+    def annotate(
+        self, batch: TrainBatch, needs: frozenset[Need], *, single: bool, loss: str | None = None
+    ) -> TrainBatch:
         """No-grad pass that fills the declared columns.
 
-        `single` says that one optimizer step consumes the whole batch, so old log-probs equal the current ones.
+        `single` says that one optimizer step consumes the whole batch, so old log-probs equal the current ones. `loss`:
+        the one that will read them; rows that have no gradient under it (`Algorithm.advantage_only`, with the
+        advantages of `assemble`) may be left out.
         """
         ...
 

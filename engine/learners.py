@@ -11,6 +11,7 @@ import torch
 from .batch import (
     ROW_FIELDS,
     count,
+    has_gradient,
     seed_of,
     select,
     split_minibatches,
@@ -33,6 +34,8 @@ from .types import (
 )
 
 PROMPTS_SHOWN = 8
+READ_BEFORE = frozenset[Need]({"recorded_logprobs", "old_entropy", "values", "row_sketch"})
+"""Columns that the algorithm's `finish` reads, of every row."""
 
 
 class Ranks(Protocol):
@@ -95,11 +98,13 @@ class LearnerGroup:
         self._skipped_in_a_row = 0
         self._receivers: list[Any] | None = None
 
-    def annotate(self, batch: TrainBatch, needs: frozenset[Need], *, single: bool) -> TrainBatch:
+    def annotate(
+        self, batch: TrainBatch, needs: frozenset[Need], *, single: bool, loss: str | None = None
+    ) -> TrainBatch:
         """Fill old_logprobs, old_entropy, ref_logprobs, values and the sketch of each row where `needs` names them.
 
         With `single` (one optimizer step takes the whole batch) old log-probs are the current ones, so no pass is run
-        for them alone.
+        for them alone. Rows that `loss` leaves out get NaN where only the loss would read the columns.
         """
         wanted = needs & {"old_logprobs", "old_entropy", "ref_logprobs", "values", "row_sketch"}
         if "recorded_logprobs" in needs:
@@ -110,27 +115,41 @@ class LearnerGroup:
             wanted -= {"ref_logprobs"}
         if not wanted or batch.num_rows == 0:
             return batch
-        marked = self._mark(batch)
-        parts = self._parts(marked).plans
-        answers = self.ranks.call(
-            "annotate", [([select(marked, rows) for rows in plan], wanted) for plan in parts]
-        )
-        columns: dict[str, torch.Tensor] = {}
-        for plan, answer in zip(parts, answers, strict=True):
-            for rows, column in zip(plan, answer, strict=True):
-                spans = [torch.arange(*batch.row_starts[row : row + 2].tolist()) for row in rows]
-                if not spans:
-                    continue
-                for name, values in column.items():
-                    by_row = name in ROW_FIELDS
-                    shape = batch.num_rows if by_row else batch.num_tokens, *values.shape[1:]
-                    target = columns.setdefault(name, torch.zeros(shape))
-                    target[rows if by_row else torch.cat(spans)] = values
+        live = torch.ones(batch.num_rows, dtype=torch.bool)
+        if loss is not None and not needs & READ_BEFORE:
+            live = has_gradient(batch, self.advantage_only.get(loss, frozenset()))
+        columns = self._columns(batch, wanted, live)
         stored = batch.ref_logprobs
         if stored is not None and "ref_logprobs" in columns:
             # What the data stores of a token is the word of whoever wrote the data.
             columns["ref_logprobs"] = columns["ref_logprobs"].where(stored.isnan(), stored)
         return replace(batch, **{k: v.to(batch.advantages.dtype) for k, v in columns.items()})
+
+    def _columns(
+        self, batch: TrainBatch, wanted: frozenset[Need], live: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """What the ranks answer of the rows `live`, bool [N], in the places of the batch."""
+        computed = live.nonzero().squeeze(-1).tolist()
+        marked = self._mark(select(batch, computed))
+        parts = self._parts(marked).plans
+        answers = self.ranks.call(
+            "annotate", [([select(marked, rows) for rows in plan], wanted) for plan in parts]
+        )
+        absent = ~live[batch.row_ids]
+        columns: dict[str, torch.Tensor] = {}
+        for plan, answer in zip(parts, answers, strict=True):
+            for rows, column in zip(plan, answer, strict=True):
+                rows = [computed[row] for row in rows]
+                spans = [torch.arange(*batch.row_starts[row : row + 2].tolist()) for row in rows]
+                for name, values in column.items():
+                    by_row = name in ROW_FIELDS
+                    shape = batch.num_rows if by_row else batch.num_tokens, *values.shape[1:]
+                    if name not in columns:
+                        columns[name] = torch.zeros(shape)
+                        columns[name][~live if by_row else absent] = torch.nan
+                    if spans:
+                        columns[name][rows if by_row else torch.cat(spans)] = values
+        return columns
 
     def update(
         self,

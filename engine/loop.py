@@ -370,7 +370,8 @@ def make_batch(parts: Parts, update: Update) -> TrainBatch:
     needs = parts.algorithm.needs[update.loss]
     if update.critic_loss is not None:
         needs |= parts.algorithm.needs[update.critic_loss]
-    batch = parts.learners.annotate(collate(update.samples), needs, single=single)
+    rows = collate(update.samples)
+    batch = parts.learners.annotate(rows, needs, single=single, loss=update.loss)
     return parts.algorithm.finish(batch)
 
 

@@ -23,7 +23,12 @@ SILENT = (1, 2, 4, 7)
 """Rows whose advantage is 0: two of the policy, a hybrid one, an expert one."""
 COEFS = {"mu": 0.4, "expert_share": 0.3}
 BOTH = frozenset({Source.POLICY, Source.EXPERT})
-PLAIN = {"entropy_coef": 0.0, "kl_coef": 0.0, "max_response_length": 16}
+PLAIN = {
+    "entropy_coef": 0.0,
+    "kl_coef": 0.0,
+    "max_response_length": 16,
+    "sampler_ratio_cap": 1.08,
+}
 REGULARIZED = {"entropy_coef": 0.01}
 
 
@@ -205,3 +210,33 @@ def test_the_report_says_which_old_log_probs_were_used(worker, epochs, recorded)
     learners.update(with_pass, replace(update, epochs=1), step=0)
     for name, gradient in ranks.gradient.items():
         torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-6)
+
+
+def test_rows_that_are_left_out_need_no_old_log_probs(worker):
+    batch = replace(make_batch(), old_logprobs=None)
+    learners = LearnerGroup(
+        InProcessRank(worker),
+        worker.config,
+        worker.needs,
+        total_steps=9,
+        seed=0,
+        route=None,  # pyright: ignore[reportArgumentType]
+        advantage_only={"grpo.main": frozenset({Source.POLICY})},
+    )
+    needs = worker.needs["grpo.main"]
+    whole = learners.annotate(batch, needs, single=False).old_logprobs
+    found = learners.annotate(batch, needs, single=False, loss="grpo.main").old_logprobs
+    assert whole is not None
+    assert found is not None
+    absent = (batch.row_ids == 1) | (batch.row_ids == 2)
+    assert torch.equal(found.isnan(), absent)
+    torch.testing.assert_close(found[~absent], whole[~absent])
+    read_before = learners.annotate(
+        batch, needs | {"recorded_logprobs"}, single=False, loss="grpo.main"
+    )
+    assert read_before.old_logprobs is not None
+    torch.testing.assert_close(read_before.old_logprobs, whole)
+    silent = replace(batch, advantages=batch.advantages * 0, source=batch.source.clamp(max=1))
+    nothing = learners.annotate(silent, needs, single=False, loss="grpo.main").old_logprobs
+    assert nothing is not None
+    assert nothing.isnan().all()

@@ -134,15 +134,15 @@ def test_short_rows_attend_as_the_kernel_does(length, total):
     """Values and gradients, grouped heads, the last tokens of a row."""
     torch.manual_seed(0)
     heads, width = {"query": 6, "key": 2, "value": 2}, 8
-    tensors = [
+    query, key, value = tensors = [
         torch.randn(1, n, length if name == "query" else total, width, requires_grad=True)
         for name, n in heads.items()
     ]
     visible = torch.ones(length, total, dtype=torch.bool).tril(total - length)
     expected = torch.nn.functional.scaled_dot_product_attention(
-        *tensors, attn_mask=visible, enable_gqa=True
+        query, key, value, attn_mask=visible, enable_gqa=True
     )
-    found = attend_short(*tensors, None)
+    found = attend_short(query, key, value, None)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
     pull = torch.randn_like(expected)
     gradients = torch.autograd.grad(found, tensors, pull)

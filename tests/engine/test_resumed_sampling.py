@@ -52,7 +52,7 @@ class Learners:
 
     def connect(self, receivers): ...
 
-    def annotate(self, batch, needs, *, single):
+    def annotate(self, batch, needs, *, single, loss):
         return batch
 
     def update(self, batch, update, **hooks):
