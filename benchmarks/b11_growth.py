@@ -1,8 +1,8 @@
 """B11: how costs grow, as the exponent of a power law between the smallest and the largest size.
 
 Learner: one optimizer step against a bare loop of PyTorch on the same rows, by sequence length, four rows each.
-Workers: a step of the real loop with 1 to 32 idle workers, each of which draws four samples that sleep about half a
-second. Data: from the recipe to the first prompts of a run, and of a resumed one, by rows of a JSONL file.
+Workers: a step of the real loop with 1 to 32 idle workers, each of which draws four samples that sleep half a second.
+Data: from the recipe to the first prompts of a run, and of a resumed one, by rows of a JSONL file.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ LENGTHS = (128, 256, 512, 1024)
 WORKERS = (1, 4, 16, 32)
 ROWS = (1_000, 4_000, 16_000)
 REPETITIONS = 5
+PAIRS = 12
 FLAT = at_most(0.1)
 
 
@@ -68,7 +69,7 @@ def measure_learner(session: Session, folder: Path) -> None:
 
     ratios = []
     found: dict[str, list[float]] = {"ours": [], "bare": []}
-    for repetition in range(-1, 2 if session.quick else REPETITIONS):
+    for repetition in range(-1, 2 if session.quick else PAIRS):
         seconds: dict[str, list[float]] = {"ours": [], "bare": []}
         for place, n in enumerate(lengths):
             sides = {"ours": lambda n=n: ours(n), "bare": lambda n=n: bare.step(batches[n])}
@@ -84,6 +85,7 @@ def measure_learner(session: Session, folder: Path) -> None:
         "learner by sequence length, exponent of ours / bare loop",
         ratios,
         target=at_most(1.05),
+        at_least=PAIRS,
         note=f"{lengths[0]} to {lengths[-1]} tokens; exponents: {said}",
     )
 

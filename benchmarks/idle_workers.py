@@ -1,7 +1,7 @@
 """Rollout workers and learner ranks that compute nothing: real Ray actors, so that what is left is the engine's own.
 
-A sample takes as long as its seed says, around SECONDS of the environment: sleeping uses no CPU, so that many workers
-fit a small machine and do not disturb each other.
+A sample takes SECONDS of the environment, all the same: the longest of many would grow with their number. Sleeping uses
+no CPU, so that many workers fit a small machine and do not disturb each other.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from plait.engine.types import Rollout
 from plait.rollouts.worker import RolloutWorker, SampleTask, WorkerProof
 
 SECONDS = "PLAIT_BENCH_SAMPLE_SECONDS"
-SPREAD = 0.25
-"""Of the logarithm of a sample's time."""
 RESPONSE = 64
 CHECKSUMS = {"weight": "0"}
 
@@ -34,11 +32,8 @@ class IdleWorker(RolloutWorker):
         """There is no process behind this one."""
 
     async def generate(self, task: SampleTask) -> Rollout:
-        rng = np.random.default_rng(task.seed)
-        seconds = float(os.environ.get(SECONDS, "0"))
-        if seconds:
-            await asyncio.sleep(seconds * float(np.exp(rng.normal(0, SPREAD))))
-        tokens = tuple(rng.integers(3, 300, RESPONSE).tolist())
+        await asyncio.sleep(float(os.environ.get(SECONDS, "0")))
+        tokens = tuple(np.random.default_rng(task.seed).integers(3, 300, RESPONSE).tolist())
         logprobs = (-1.0,) * RESPONSE
         version = self._version
         return Rollout(task.prompt_id, task.index, tokens, 0, logprobs, version, "length", "")
