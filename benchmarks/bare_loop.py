@@ -1,8 +1,7 @@
 """The least that PyTorch needs to train: a model, a loss, AdamW. What plait's learner is measured against.
 
-It has the learner's attention over packed rows and micro-batches that are cut already, runs the language-model head on
-trained positions only, and leaves out what a bare loop may: no old log-probs are recorded, nothing is checked, nothing
-is reported but the loss.
+It has the learner's attention over packed rows, its LM head on trained positions, its loss, and micro-batches that are
+cut already; it leaves out what a bare loop may: nothing is annotated, checked, sent, reported but the loss.
 """
 
 from __future__ import annotations
@@ -20,12 +19,14 @@ from plait.algorithms import Setup
 from plait.algorithms.grpo import Grpo, GrpoConfig
 from plait.engine.attention import SEGMENTS, hidden_states
 from plait.engine.batch import collate, select
-from plait.engine.model import token_logprobs
+from plait.engine.config import LearnerConfig
+from plait.engine.head_statistics import head_statistics
 from plait.engine.packing import partition
 from plait.engine.types import PolicyOutput, Sample, Sampling, TrainBatch
 
 ALGORITHM = Grpo(GrpoConfig(), Setup(Sampling(1024)))
 """Whose loss both sides compute."""
+CHUNK = LearnerConfig().logit_chunk_tokens
 
 
 def cut(samples: Sequence[Sample], max_tokens: int, ranks: int = 1) -> list[list[TrainBatch]]:
@@ -49,8 +50,14 @@ class Policy(nn.Module):
     def forward(self, batch: TrainBatch) -> Tensor:
         targets = batch.trained.nonzero().squeeze(-1)
         hidden = hidden_states(self.model.base_model, batch, targets - 1, packing=True)
-        logits = self.model.get_output_embeddings()(hidden)
-        logprobs = token_logprobs(logits, batch.targets[targets])
+        logprobs, _ = head_statistics(
+            hidden,
+            self.model.get_output_embeddings().weight,
+            batch.targets[targets],
+            softcap=None,
+            chunk_tokens=CHUNK,
+            entropy=False,
+        )
         column = logprobs.new_zeros(batch.num_tokens).index_copy(0, targets, logprobs)
         on_policy = replace(batch, old_logprobs=column.detach())
         return ALGORITHM.losses["main"](PolicyOutput(column), on_policy, {}).loss
