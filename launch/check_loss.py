@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.batch import select, units
+from ..engine.batch import select
 from ..engine.config import LearnerConfig
 from ..engine.errors import ConfigError
+from ..engine.packing import units
 from ..engine.process_ranks import ProcessRanks
+from ..engine.shared_prefix import lay_out, mark_prefixes
 from ..engine.types import Source, TrainBatch, UpdateReport
 from .config import Recipe
 from .loss_batch import Minibatch, Problem, make_problem
@@ -89,7 +91,7 @@ class Report:
             *self.notes,
             "float32 on the CPU, whatever the recipe says. Reference: 1 rank, all rows at once, packed or padded. "
             "Compared: max |g - g0| / max |g0| over all parameters, |L - L0| / max(|L0|, 1); "
-            f"both at most {TOLERANCE:g}, between packed and padded {PACKING_TOLERANCE:g}",
+            f"both at most {TOLERANCE:g}, between packed and padded or shared and whole rows {PACKING_TOLERANCE:g}",
             *map(str, self.comparisons),
         ]
 
@@ -167,11 +169,29 @@ def one_rank(problem: Problem, found: list[Comparison]) -> dict[str, Answer]:
             if config is packed:
                 name, before = "all rows at once, against padded", references[loss]
                 found.append(compare(loss, config, name, [reference], before, PACKING_TOLERANCE))
-            for name, plan in micro_batchings(units(minibatch.batch)).items():
+                name, answer = "what rows begin with computed once", shared(worker, minibatch)
+                if answer is not None:
+                    found.append(
+                        compare(loss, config, name, [answer], reference, PACKING_TOLERANCE)
+                    )
+            for name, plan in micro_batchings(together(minibatch.batch)).items():
                 answer = worker.gradients(*cut(minibatch, plan))
                 found.append(compare(loss, config, name, [answer], reference))
             references[loss] = reference
     return references
+
+
+def shared(worker: Any, minibatch: Minibatch) -> Answer | None:
+    """None where no two rows begin alike."""
+    marked = mark_prefixes(minibatch.batch)
+    if lay_out(marked) is None:
+        return None
+    return worker.gradients([marked], minibatch.loss, minibatch.coefs)
+
+
+def together(batch: TrainBatch) -> Plan:
+    """Rows that share a micro-batch, whatever else changes."""
+    return [list(unit.rows) for unit in units(batch)]
 
 
 def several_ranks(
@@ -209,7 +229,7 @@ def micro_batchings(rows: Plan) -> dict[str, Plan]:
 
 def placements(batch: TrainBatch) -> dict[str, tuple[Plan, Plan]]:
     """Rows of each of two ranks. Rows with expert tokens are apart only where there are any."""
-    rows = units(batch)
+    rows = together(batch)
     expert_rows = batch.row_ids[batch.source == Source.EXPERT].unique().tolist()
     experts = [unit for unit in rows if not set(unit).isdisjoint(expert_rows)]
     found = {"rows dealt in turn": (rows[::2], rows[1::2])}

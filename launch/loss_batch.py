@@ -266,7 +266,7 @@ class Build:
         rank = RecordingRank(self.worker)
         learners = LearnerGroup(
             rank,
-            self.worker.config,
+            self.worker.config.model_copy(update={"share_prefixes": False}),
             algorithm.needs,
             total_steps=recipe.loop.steps,
             seed=recipe.run.seed,

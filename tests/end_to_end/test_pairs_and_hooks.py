@@ -18,9 +18,9 @@ from plait.engine.errors import ConfigError, DataError
 from plait.engine.learner import LearnerWorker, Rank, WeightRoute
 from plait.engine.learners import InProcessRank, LearnerGroup
 from plait.engine.loop import apply_update, make_batch
-from plait.engine.packing import partition, units
+from plait.engine.packing import partition
 from plait.engine.types import Source
-from plait.launch.check_loss import joined, micro_batchings, placements
+from plait.launch.check_loss import joined, micro_batchings, placements, together
 from plait.launch.config import load_recipe
 from plait.launch.run import check_inputs, load_prompts
 
@@ -278,11 +278,7 @@ def test_paired_rows_are_one_unit(folder, tiny_model, monkeypatch):
         for rows in plan
     ]
     # `plait check loss` moves rows about by itself.
-    cuts += [
-        rows
-        for plan in micro_batchings([list(unit.rows) for unit in units(batch)]).values()
-        for rows in plan
-    ]
+    cuts += [rows for plan in micro_batchings(together(batch)).values() for rows in plan]
     cuts += [joined(part) for parts in placements(batch).values() for part in parts]
     for rows in cuts:
         inside = {batch.group_names[row] for row in rows}
