@@ -68,6 +68,8 @@ WHAT = {
     "learner": ("GRPO learner on stored rollouts, trained tokens/s", 105),
     "grpo": ("GRPO end to end, trained tokens/s", 150),
 }
+OURS = ("PYTHONPATH", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+"""Environment variables that TRL must not inherit; the last three are set for DeepSpeed."""
 Rows = Sequence[Sequence[int]]
 
 
@@ -80,7 +82,7 @@ class Peer:
         script = str(Path(__file__).with_name("peer_trl.py"))
         sizes = ["--group-size", str(GROUP_SIZE), "--response-tokens", str(RESPONSE)]
         command = [str(PYTHON), script, kind, model, str(file), "--head", head, *sizes]
-        env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        env = {name: value for name, value in os.environ.items() if name not in OURS}
         env["TRL_EXPERIMENTAL_SILENCE"] = "1"
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env)
