@@ -114,11 +114,21 @@ class Rules:
 class Session:
     """Takes the figures of one benchmark."""
 
-    def __init__(self, clock: Clock | None = None, *, quick: bool = False) -> None:
-        """`quick`: two pairs each, and no figure counts: to see that the code works."""
+    def __init__(
+        self,
+        clock: Clock | None = None,
+        *,
+        quick: bool = False,
+        keep: Callable[[Sequence[Figure]], object] = lambda figures: None,
+    ) -> None:
+        """`quick`: two pairs each, and no figure counts: to see that the code works.
+
+        `keep` gets all figures so far whenever there is one more.
+        """
         self.clock = clock or MachineClock()
         self.quick = quick
         self.figures: list[Figure] = []
+        self._keep = keep
 
     def compare(
         self,
@@ -205,6 +215,7 @@ class Session:
         if self.quick:
             figure = replace(figure, void=figure.void or QUICK)
         self.figures.append(figure)
+        self._keep(self.figures)
         print(f"{figure.name}: {figure.measured} {figure.found or ''} {figure.void}", flush=True)
         return figure
 

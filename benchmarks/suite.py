@@ -17,7 +17,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -125,18 +124,14 @@ def run(name: str, *, quick: bool, command: str) -> dict[str, Any]:
     }
 
 
-def measure(name: str, *, quick: bool) -> int:
-    """In the benchmark's own process. What was found before an error is kept."""
-    session = Session(quick=quick)
-    try:
-        importlib.import_module(BENCHMARKS[name].module).measure(session)
-        return 0
-    except Exception:  # noqa: BLE001 (the parent reports it, with what was found so far)
-        traceback.print_exc()
-        return 1
-    finally:
-        found = [figure.to_json() for figure in session.figures]
-        (LOGS / f"{name}.json").write_text(json.dumps(found, indent=1))
+def measure(name: str, *, quick: bool) -> None:
+    """In the benchmark's own process; every figure is written at once."""
+    path = LOGS / f"{name}.json"
+
+    def keep(figures: Sequence[Figure]) -> None:
+        path.write_text(json.dumps([figure.to_json() for figure in figures], indent=1))
+
+    importlib.import_module(BENCHMARKS[name].module).measure(Session(quick=quick, keep=keep))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -151,7 +146,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child:
-        return measure(options.child, quick=options.quick)
+        measure(options.child, quick=options.quick)
+        return 0
     try:
         names = chosen(options.names)
     except ValueError as error:

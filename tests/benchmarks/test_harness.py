@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -217,6 +218,23 @@ def test_repetitions_counts_and_trials() -> None:
     assert quick.compare(1.0, 0.5).void
     assert len(quick.order) == 2 + 2 * 2
     assert quick.session.count("padding", 0.99).void == QUICK
+
+
+def test_every_figure_is_kept_at_once() -> None:
+    kept: list[int] = []
+    session = Session(VirtualClock(), keep=lambda figures: kept.append(len(figures)))
+    session.count("padding", 0.99)
+    session.fail("peer", "not installed")
+    assert kept == [1, 2]
+    assert session.figures[1].verdict == "void"
+
+
+def test_repeated_work_is_timed_once() -> None:
+    bench = Bench()
+    ten = replace(bench.side("A", 10.0), repeats=10)
+    figure = bench.session.compare("speed", ten, bench.side("B", 0.5), seconds=1e6)
+    assert figure.found is not None
+    assert figure.found.median == pytest.approx(2.0, abs=0.01)
 
 
 def test_figures_survive_json() -> None:
