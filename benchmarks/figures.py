@@ -53,7 +53,7 @@ class Target:
         return found.low > limit if self.sign == ">=" else found.high < limit
 
     def __str__(self) -> str:
-        return f"{self.sign} {show(self.value)}"
+        return f"{self.sign} {self.value:g}"
 
 
 def at_least(value: float) -> Target:
@@ -110,5 +110,7 @@ class Figure:
 
 
 def show(value: float) -> str:
-    """Three digits that count."""
+    """Three decimals of a ratio near 1, else three digits that count."""
+    if 0.1 <= abs(value) < 10:
+        return f"{value:.3f}"
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from figures import Figure
+from figures import show as display
 from plait.launch.console import wide_console
 
 BEGIN, END = "<!-- table: plait bench -->", "<!-- end of table -->"
@@ -51,7 +52,7 @@ def numbers(figure: Figure) -> tuple[str, str, str]:
 
 def evidence(figure: Figure) -> tuple[str, str, str]:
     """Pairs or repetitions, interval of the control, the ratio in CPU-seconds."""
-    cpu = f"{figure.cpu.median:.3g}" if figure.cpu else "-"
+    cpu = display(figure.cpu.median) if figure.cpu else "-"
     return str(len(figure.values)), str(figure.control or "-"), cpu
 
 
@@ -101,11 +102,17 @@ def section(results: Results, data: str) -> str:
     return "\n".join(lines)
 
 
-def write_page(page: Path) -> None:
-    """Replace the page's generated section by the stored results. ValueError where the page has no place for it."""
+def divide(page: Path) -> tuple[str, str]:
+    """What stands before and after the page's generated section. ValueError where it has no place for one."""
     before, begin, rest = page.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise ValueError(f"{page} has no lines {BEGIN} and {END}")
+    return before, after
+
+
+def write_page(page: Path) -> None:
+    """Replace the page's generated section by the stored results."""
+    before, after = divide(page)
     text = section(load(page), store_of(page).name)
     page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")

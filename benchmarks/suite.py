@@ -26,7 +26,7 @@ from typing import Any
 from figures import Figure
 from harness import Session
 from machine import describe
-from report import load, show, store, write_page
+from report import divide, load, show, store, write_page
 
 ROOT = Path(__file__).resolve().parents[1]
 LOGS = ROOT / "build" / "bench"
@@ -150,7 +150,9 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     try:
         names = chosen(options.names)
-    except ValueError as error:
+        if options.out:
+            divide(options.out)  # better now than after an hour
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     command = shlex.join(["plait", "bench", *arguments])
     found: dict[str, Mapping[str, Any]] = {}

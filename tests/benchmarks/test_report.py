@@ -48,8 +48,8 @@ def test_the_page_holds_every_figure_and_keeps_the_rest(tmp_path: Path) -> None:
     assert text.startswith("# Title\n")
     assert text.endswith(f"{END}\n\nThe end.\n")
     assert "old" not in text
-    assert "| B3 | batch | 0.98 | [0.97, 0.99] | >= 0.97 | met | 12 | - | - |" in text
-    assert "| B3 | streamed | 0.9 | [0.89, 0.91] | >= 0.93 | not met |" in text
+    assert "| B3 | batch | 0.980 | [0.970, 0.990] | >= 0.97 | met | 12 | - | - |" in text
+    assert "| B3 | streamed | 0.900 | [0.890, 0.910] | >= 0.93 | not met |" in text
     assert "* B3 streamed: slow." in text
     assert "* B12 p99: the machine was busy." in text
     assert "1 met, 1 not met, 1 void" in text
@@ -68,7 +68,13 @@ def test_a_page_without_a_place_is_refused(tmp_path: Path) -> None:
 def test_the_table_shows_verdicts_and_reasons(capsys: pytest.CaptureFixture[str]) -> None:
     show(RESULTS)
     out = capsys.readouterr().out
-    for text in ("0.98", "[0.97, 0.99]", "not met", "B12 p99: the machine was busy", "3 s of 60 s"):
+    for text in (
+        "0.98",
+        "[0.970, 0.990]",
+        "not met",
+        "B12 p99: the machine was busy",
+        "3 s of 60 s",
+    ):
         assert text in out
 
 
