@@ -154,6 +154,7 @@ def main(arguments: Sequence[str]) -> int:
             divide(options.out)  # better now than after an hour
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without what was started
     command = shlex.join(["plait", "bench", *arguments])
     found: dict[str, Mapping[str, Any]] = {}
     for name in names:
