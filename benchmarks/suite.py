@@ -93,11 +93,16 @@ def run(name: str, *, quick: bool, command: str) -> dict[str, Any]:
     LOGS.mkdir(parents=True, exist_ok=True)
     result, log = LOGS / f"{name}.json", LOGS / f"{name}.log"
     result.unlink(missing_ok=True)
-    arguments = [sys.executable, str(Path(__file__)), "--child", name, *(["--quick"] * quick)]
+    child = [sys.executable, str(Path(__file__)), "--child", benchmark.module, str(result)]
     started = time.monotonic()
     with log.open("w") as out:
         process = subprocess.Popen(
-            arguments, stdout=out, stderr=out, env=environment(), cwd=ROOT, start_new_session=True
+            [*child, *(["--quick"] * quick)],
+            stdout=out,
+            stderr=out,
+            env=environment(),
+            cwd=ROOT,
+            start_new_session=True,
         )
         try:
             process.wait(benchmark.seconds + GRACE)
@@ -124,14 +129,13 @@ def run(name: str, *, quick: bool, command: str) -> dict[str, Any]:
     }
 
 
-def measure(name: str, *, quick: bool) -> None:
+def measure(module: str, result: Path, *, quick: bool) -> None:
     """In the benchmark's own process; every figure is written at once."""
-    path = LOGS / f"{name}.json"
 
     def keep(figures: Sequence[Figure]) -> None:
-        path.write_text(json.dumps([figure.to_json() for figure in figures], indent=1))
+        result.write_text(json.dumps([figure.to_json() for figure in figures], indent=1))
 
-    importlib.import_module(BENCHMARKS[name].module).measure(Session(quick=quick, keep=keep))
+    importlib.import_module(module).measure(Session(quick=quick, keep=keep))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -143,10 +147,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="see that the code works; no figure counts"
     )
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child:
-        measure(options.child, quick=options.quick)
+        module, result = options.child
+        measure(module, Path(result), quick=options.quick)
         return 0
     try:
         names = chosen(options.names)
