@@ -29,7 +29,7 @@ from plait.launch.cluster import ray_cluster
 from shapes import learner_group, make_groups, small_model
 
 LENGTHS = (128, 256, 512, 1024)
-WORKERS = (1, 4, 16, 32)
+WORKERS = (1, 8, 32)
 ROWS = (1_000, 4_000, 16_000)
 REPETITIONS = 5
 PAIRS = 12
