@@ -32,7 +32,11 @@ def full(hidden, weight, tokens, softcap):
 @pytest.mark.parametrize("chunk_tokens", [3, 11, 64])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("entropy", [False, True])
-def test_values_and_gradients_are_those_of_the_full_logits(entropy, softcap, chunk_tokens):
+@pytest.mark.parametrize("cached", [1, 2 * VOCABULARY, 1 << 20])
+def test_values_and_gradients_are_those_of_the_full_logits(
+    entropy, softcap, chunk_tokens, cached, monkeypatch
+):
+    monkeypatch.setattr("plait.engine.head_statistics.CACHED_LOGITS", cached)
     hidden, weight, tokens = make_inputs(torch.float64)
     pull = torch.randn(2, TOKENS, dtype=torch.float64)
     logprobs, entropies = head_statistics(
@@ -115,9 +119,9 @@ def test_logits_of_a_micro_batch_never_exist_at_once(monkeypatch):
 
     chunk_logits = file.chunk_logits
 
-    def watched(hidden, weight, softcap):
+    def watched(hidden, weight):
         sizes.append(len(hidden))
-        return chunk_logits(hidden, weight, softcap)
+        return chunk_logits(hidden, weight)
 
     monkeypatch.setattr(f"{module}.chunk_logits", watched)
     hidden, weight, tokens = make_inputs(torch.float32)
