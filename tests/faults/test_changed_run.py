@@ -19,6 +19,8 @@ from plait.launch.identity import identity_of, record
 from plait.launch.run_folder import CONFIG_FILE, prepare_folder
 from plait.launch.run_lock import lock_run
 
+TOLERANCE = {"relative_tolerance": 0.0}
+
 
 class Started(Exception):
     """The run would have gone on."""
@@ -41,6 +43,7 @@ class Place:
         raw["algorithm"] = {"type": "grpo", "rollouts_per_prompt": 4}
         raw["run"] = {"name": "changed", "dir": str(folder)}
         raw["eval"] = {"num_prompts": 2}
+        raw["reward"] = {"function": "numeric", "options": TOLERANCE}
         self.recipe = validate(raw)
         self.run = self.recipe.folder
         with lock_run(self.run):
@@ -128,6 +131,10 @@ MUTATIONS: dict[str, tuple[Callable[[Place], Any], str]] = {
     "prompts of a step": (
         lambda p: p.edit("loop", "prompts_per_step", value=2),
         r"loop\.prompts_per_step: \d+ -> 2.*loop\.prompts_per_step=",
+    ),
+    "one more option of the reward": (
+        lambda p: p.edit("reward", "options", value={**TOLERANCE, "absolute_tolerance": 1.0}),
+        r"reward\.options: .* -> .*'absolute_tolerance': 1\.0",
     ),
     "algorithm": (
         lambda _: ["algorithm={type: ppo, rollouts_per_prompt: 4}"],
