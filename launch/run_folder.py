@@ -61,3 +61,4 @@ def check_resumable(recipe: Recipe, identity: dict[str, Any], named: Sequence[st
     if not Checkpoints(recipe.folder / CHECKPOINTS, recipe.checkpoint).complete():
         print(f"{recipe.folder} holds no checkpoint yet: the run begins at step 0", flush=True)
     write_config(recipe)
+    (recipe.folder / SUMMARY_FILE).unlink(missing_ok=True)  # of an end that is no end any more

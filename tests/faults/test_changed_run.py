@@ -182,6 +182,16 @@ def test_a_named_field_may_change_and_stays_changed(place, capsys):
     assert "changed:" not in capsys.readouterr().out
 
 
+def test_a_run_that_goes_on_has_no_summary_of_its_end(place):
+    summary = place.run / "summary.json"
+    summary.write_text("{}")
+    with pytest.raises(ConfigError):
+        place.resume("run.seed=9")
+    assert summary.exists(), "nothing went on"
+    place.resume("loop.steps=9")
+    assert not summary.exists()
+
+
 def test_what_changes_no_number_is_accepted(place):
     place.edit("checkpoint", "every", value=7)
     place.edit("rollouts", "sample_timeout_seconds", value=9.0)
