@@ -87,7 +87,10 @@ def replay(config: LoopConfig, sampling: Sampling, parts: Parts) -> Replayed:
 
 
 def start_before(last: int, parts: Parts) -> RunState:
-    """The newest intact checkpoint before step `last`, loaded; the initial model where there is none."""
+    """The newest checkpoint before step `last`, loaded; the initial model where there is none.
+
+    Raises CheckpointError where it is damaged.
+    """
     for folder in reversed(parts.checkpoints.complete()):
         if step_of(folder) >= last:
             continue
