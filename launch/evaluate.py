@@ -25,7 +25,9 @@ def evaluate(recipe: Recipe, model_path: str, output: Path | None = None) -> dic
     """
     if recipe.reward is None or not recipe.evaluates:
         raise ConfigError.at(
-            "eval.num_prompts", recipe.eval.num_prompts, "evaluation needs prompts and a reward"
+            "eval.num_prompts",
+            recipe.eval.num_prompts,
+            "there is nothing to evaluate on: hold prompts out with it or name data.eval_sets, and give a reward",
         )
     inputs = check_inputs(recipe)
 

@@ -23,7 +23,7 @@ from .cluster import python_path
 from .config import Recipe
 from .model import check_model
 from .placement import plan_bundles, words
-from .run import check_inputs, package_versions
+from .run import Inputs, check_inputs, package_versions
 from .scoring import open_scorer
 
 IMPORTS = ("torch", "deepspeed", "vllm", "transformers")
@@ -99,8 +99,8 @@ class NodeProbe:
 
 def preflight(recipe: Recipe) -> list[Check]:
     """Every check of the table; Ray is up. Raises ConfigError and DataError as a run would."""
-    check_inputs(recipe)
-    return [*check_nodes(recipe), check_supply(recipe), check_reward(recipe)]
+    inputs = check_inputs(recipe)
+    return [*check_nodes(recipe), check_supply(recipe), check_reward(inputs)]
 
 
 def check_nodes(recipe: Recipe) -> Iterator[Check]:
@@ -189,24 +189,28 @@ def check_supply(recipe: Recipe) -> Check:
 
     bundles = plan_bundles(recipe, learner=True, rollouts=True)
     nodes = [Counter(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    found = "; ".join(
-        words({k: v for k, v in node.items() if k == "GPU"}) or "no GPU" for node in nodes
-    )
+    kinds = sorted({"GPU", *(kind for bundle in bundles.resources for kind in bundle)} - {"CPU"})
+    found = "; ".join(words({k: n[k] for k in kinds if n[k]}) or "no GPU" for n in nodes)
     for bundle in sorted(bundles.resources, key=lambda one: -one.get("GPU", 0.0)):
         fits = [n for n in nodes if all(n[kind] >= amount for kind, amount in bundle.items())]
         if not fits:
-            return Check("resources", found, f"the recipe needs {bundles.needed()}")
+            return Check(
+                "resources",
+                f"the nodes have: {found}",
+                f"the recipe needs {bundles.needed()}; add nodes, or lower learner.num_workers, rollouts.num_workers "
+                "or rollouts.tensor_parallel_size",
+            )
         max(fits, key=lambda n: n["GPU"]).subtract(bundle)
-    return Check("resources", f"{bundles.needed() or 'no GPU'} of {found}")
+    return Check("resources", f"{bundles.needed()}; the nodes have: {found}")
 
 
-def check_reward(recipe: Recipe) -> Check:
+def check_reward(inputs: Inputs) -> Check:
     """The gold test of a run's start, timed."""
     from ..rewards.gold import run_gold_test
 
+    recipe, records = inputs.recipe, inputs.records
     if recipe.reward is None:
         return Check("reward", "none")
-    records = check_inputs(recipe).records
     with open_scorer(recipe) as scorer:
         report = run_gold_test(
             scorer, sample(records, min(CHECKED, recipe.reward.gold_samples or CHECKED))

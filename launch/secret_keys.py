@@ -14,8 +14,8 @@ SECRET_KEY = re.compile(
 )
 SECRET_URL = re.compile(r"^\w+://[^/@\s]*:[^/@\s]+@")
 REMEDY = (
-    "is not printed: it looks like a secret, and a recipe is written to config.yaml. Put it into an environment "
-    "variable of the cluster's nodes and name that, as api_key_env does"
+    "is not printed: it looks like a secret, and would be written beside the results. Put it into an environment "
+    "variable (on a cluster: of its nodes) and name that, as api_key_env does"
 )
 
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..engine.errors import ConfigError
 from ..engine.evaluation import SUCCESS
 from ..engine.types import Prompt, Rollout, RolloutGroup, RolloutRequest, Score
 from .collect import RowFiles, Sampler, batches, open_model
@@ -20,6 +21,7 @@ from .model import resolve_model
 from .run import check_inputs, load_prompts
 from .sampled_settings import Row, sampling_settings
 from .scoring import open_scorer
+from .secret_keys import secrets_in
 
 if TYPE_CHECKING:
     from ..rewards.scorer import ProcessScorer
@@ -78,6 +80,8 @@ def teach(
 
     Raises ConfigError where the folder holds traces of other settings, and what sampling and scoring raise.
     """
+    if problems := list(secrets_in(teaching.endpoint, "--endpoint")):
+        raise ConfigError(problems)  # it is written down with the traces
     inputs = check_inputs(recipe)
     totals, names = Totals(), (DEMONSTRATIONS, UNSOLVED)
     files = RowFiles(folder, names, SETTINGS, settings(recipe, teaching), totals.count)

@@ -16,6 +16,7 @@ from end_to_end.command_line import tiny_recipe
 from plait.engine.errors import ConfigError
 from plait.launch import preflight
 from plait.launch.config import Recipe, validate
+from plait.launch.run import check_inputs
 
 VERSIONS = {"plait": "1", "torch": "2"}
 
@@ -142,6 +143,10 @@ def test_gpus_must_fit_piece_by_piece(recipe, monkeypatch, tiny_model, tmp_path)
     nodes(5)
     assert preflight.check_supply(wanted).problem
     assert not preflight.check_supply(recipe).problem, "a CPU recipe needs no GPU"
+    nodes(0)
+    placed = preflight.check_supply(make(tiny_model, tmp_path, learner={"resources": {"here": 1}}))
+    assert "the recipe needs here 1" in placed.problem
+    assert placed.found == "the nodes have: no GPU"
 
 
 @pytest.mark.parametrize(
@@ -159,11 +164,12 @@ def test_a_reward_that_is_slow_or_untrue_is_refused(recipe, tmp_path, tiny_model
     name = f"checked_{abs(hash(code))}"
     (tmp_path / f"{name}.py").write_text(f"def grade(prompt, completion):\n    {code}\n")
     reward = {"function": f"{name}:grade", "timeout_seconds": 1.0, "gold_samples": 2}
-    check = preflight.check_reward(make(tiny_model, tmp_path, reward=reward))
+    inputs = check_inputs(make(tiny_model, tmp_path, reward=reward))
+    check = preflight.check_reward(inputs)
     assert said in check.problem
     assert bool(check.problem) == bool(said)
 
 
 def test_a_reward_that_cannot_be_imported(recipe, tiny_model, tmp_path):
     with pytest.raises(ConfigError, match=r"reward\.function"):
-        preflight.check_reward(make(tiny_model, tmp_path, reward="nowhere:grade"))
+        preflight.preflight(make(tiny_model, tmp_path, reward="nowhere:grade"))
