@@ -35,6 +35,8 @@ FREE = (
     "*.max_restarts",
     "loop.stall_seconds",
     "rollouts.max_reissues",
+    "*.silence_seconds",
+    "*.place_seconds",
     "*timeout_seconds",
 )
 """Fields that change no number of a run."""

@@ -195,6 +195,7 @@ def test_a_run_that_goes_on_has_no_summary_of_its_end(place):
 def test_what_changes_no_number_is_accepted(place):
     place.edit("checkpoint", "every", value=7)
     place.edit("rollouts", "sample_timeout_seconds", value=9.0)
+    place.edit("learner", "silence_seconds", value=9.0)
     place.resume()
 
 
