@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,6 +118,32 @@ def test_a_spare_takes_over_at_once(open_pool) -> None:
     learner.check(list(pool.generate(requests(), step=1)), 1)
     assert time.monotonic() - started < 2, f"noticed after {took:.1f} s"
     assert pool._crew.members[0].name == "rollout-1"
+
+
+def test_a_spare_takes_the_place_that_is_given_up(monkeypatch) -> None:
+    """Also one that is not up yet: else nobody would ever serve, and nobody would say so."""
+    monkeypatch.setattr(crew, "is_ready", lambda ref: False)
+    monkeypatch.setattr(crew, "kill_actor", lambda actor, place: None)
+    call = SimpleNamespace(remote=lambda: None)
+    config = CONFIG.model_copy(update={"num_workers": 1, "num_spares": 1, "max_restarts": 0})
+    workers = crew.Crew(lambda name, seat: SimpleNamespace(place=call, start=call), config)
+    workers.begin()
+    workers.lose(workers.members[0], "rollout-0 died")
+    assert [member.name for member in workers.members] == ["rollout-1"]
+    assert workers.failure is None
+    workers.lose(workers.members[0], "rollout-1 died")
+    assert "no rollout worker is left" in str(workers.failure)
+    workers.close()
+
+
+def test_a_slow_consumer_is_not_taken_for_a_silent_worker(open_pool) -> None:
+    pool = open_pool(num_workers=1, sample_timeout_seconds=1.0)
+    stream = pool.generate(requests(), step=0)
+    rollouts = [next(stream)]
+    time.sleep(2)
+    rollouts += stream
+    assert len(rollouts) == 32
+    assert not pool.losses
 
 
 def test_f9_a_stopped_worker_is_replaced_and_not_heard_when_it_wakes(
