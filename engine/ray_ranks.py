@@ -316,9 +316,8 @@ class RayRanks:
 
         cause = error.cause or error
         if is_out_of_memory(cause):
-            said = (
-                str(cause).partition("\n")[0] or type(cause).__name__
-            )  # Python's own says nothing
+            # Python's own has no text.
+            said = str(cause).partition("\n")[0] or type(cause).__name__
             return LearnerError(
                 f"learner rank {rank} ran out of memory in {method}: {said}. Lower "
                 "learner.max_tokens_per_micro_batch or learner.logit_chunk_tokens, or set gradient_checkpointing, "
