@@ -6,7 +6,7 @@ digest of the weights must be equal to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,9 @@ class Replayed:
 class NothingSampled:
     """contracts.RolloutPool of a replay: all rollouts are in the journal, or it cannot be made."""
 
-    def generate(self, requests: Sequence[RolloutRequest], *, step: int) -> Iterator[Rollout]:
+    def generate(
+        self, requests: Sequence[RolloutRequest], *, step: int
+    ) -> Generator[Rollout, None, None]:
         raise CheckpointError(
             f"the journal does not hold the rollouts of step {step + 1}, so it cannot be repeated"
         )
