@@ -13,7 +13,8 @@ from ..engine.errors import ClusterError, ConfigError
 from .config import find_recipe, load_recipe
 
 Address = Annotated[
-    str | None, typer.Option(help="Job server, for example http://head:8265; default: RAY_ADDRESS.")
+    str | None,
+    typer.Option(help="Job server, such as http://head:8265; default: RAY_API_SERVER_ADDRESS."),
 ]
 Insecure = Annotated[
     bool, typer.Option("--insecure", help="Also on a cluster that asks nobody for a token.")

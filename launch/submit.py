@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 RUN, FOLDER = "plait_run", "plait_folder"
 """Keys of a job's metadata."""
+SERVER = "RAY_API_SERVER_ADDRESS"
+"""Ray's environment variable for the address of a job server."""
 LEFT_OUT = [".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", "build", "dist"]
 """Of the folder that is copied; what its .gitignore names stays behind, too."""
 END_SECONDS = 60.0
@@ -96,11 +98,13 @@ def connect(address: str | None) -> JobSubmissionClient:
     """
     from ray.job_submission import JobSubmissionClient
 
+    if address is not None:
+        os.environ[SERVER] = address  # Ray prefers its variables to what it is given
     try:
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        known = (os.environ.get(name) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"))
-        place = next(filter(None, (address, *known)), "http://127.0.0.1:8265")
+        known = os.environ.get(SERVER) or os.environ.get("RAY_ADDRESS")
+        place = known or "http://127.0.0.1:8265"
         raise ClusterError(
             f"no Ray job server at {place}: {first_line(error)}; "
             "start one with `ray start --head`, or name it with --address"

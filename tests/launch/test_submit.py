@@ -171,5 +171,8 @@ def test_a_second_job_of_a_run_is_refused(tmp_path):
 
 def test_no_server(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(ClusterError, match=r"no Ray job server at http://127\.0\.0\.1:9"):
-        jobs.connect("http://127.0.0.1:9")
+    monkeypatch.setenv(jobs.SERVER, "http://127.0.0.1:7")
+    for address in (None, "http://127.0.0.1:9"):  # given by hand: before the environment
+        place = address or "http://127.0.0.1:7"
+        with pytest.raises(ClusterError, match=f"no Ray job server at {place}: .*{place}"):
+            jobs.connect(address)
