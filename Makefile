@@ -22,7 +22,7 @@ $(STAMP): $(PINS) pyproject.toml
 quickstart: $(STAMP) ## Train SmolLM2-135M with CHORD on this machine's CPU, in minutes.
 	$(BIN)/plait train quickstart --overwrite
 
-test: $(STAMP) ## Run every test; those that need a GPU skip with a reason.
+test: $(STAMP) ## Run the tests but for the long faults; those that need a GPU skip with a reason.
 	$(BIN)/python -m pytest
 
 faults: $(STAMP) ## Run the whole catalogue of faults, the long ones too, and write docs/reliability.md.
