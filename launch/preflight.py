@@ -21,7 +21,7 @@ from ..engine.errors import ClusterError, PlaitError
 from .check_reward import CHECKED, sample
 from .cluster import python_path
 from .config import Recipe
-from .model import check_model
+from .model import check_model, resolve_model
 from .placement import plan_bundles, words
 from .run import Inputs, check_inputs, package_versions
 from .scoring import open_scorer
@@ -140,7 +140,8 @@ def judge(recipe: Recipe, probes: Sequence[Any], folder: Path, word: str) -> Ite
     from ray.exceptions import GetTimeoutError, RayError
 
     try:
-        calls = [probe.report.remote(str(folder), word, recipe.model.path) for probe in probes]
+        model = resolve_model(recipe.model.path)  # what the run gives its workers
+        calls = [probe.report.remote(str(folder), word, model) for probe in probes]
         reports: list[NodeReport] = ray.get(calls, timeout=NODE_SECONDS)
         ports = ray.get([probe.port.remote() for probe in probes], timeout=NODE_SECONDS)
         places = list(zip((report.address for report in reports), ports, strict=True))
