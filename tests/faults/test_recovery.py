@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from in_process_run import Dice, believe, everything, parts_of, play
+from in_process_run import Dice, believe, everything, parts_of, play, sections
 
 from end_to_end.command_line import no_verifier, tiny_recipe, write_recipe
+from end_to_end.test_every_algorithm import CONFIGS
+from plait.algorithms import ALGORITHMS
 from plait.engine import loop
 from plait.engine.errors import CheckpointError, LearnerError, LearnerLost, Stalled
 from plait.engine.learner import LearnerWorker, Rank
@@ -21,6 +23,7 @@ from plait.engine.metrics import RunLog
 from plait.launch.config import load_recipe
 
 STEPS = 4
+QUICK = ("grpo", "sasr", "relift")
 
 
 class CountedDice(Dice):
@@ -37,9 +40,11 @@ class Mortal(InProcessRank):
 
     def __init__(self, parts: loop.Parts, recipe: Any, model: Path, deaths: Sequence[int]) -> None:
         self.arguments: Any = (str(model), recipe.learner, parts.algorithm.losses)
-        self.arguments += (parts.algorithm.needs, Rank(), None, recipe.run.seed)
-        self.deaths, self.steps, self.stuck = deaths, 0, False
-        super().__init__(LearnerWorker(*self.arguments, deterministic=True))
+        made_for = parts.algorithm
+        self.arguments += (made_for.needs, Rank(), made_for.token_sampling, recipe.run.seed)
+        self.arguments += (made_for.entropy_top_k, True)
+        self.deaths, self.steps, self.restarts, self.stuck = deaths, 0, 0, False
+        super().__init__(LearnerWorker(*self.arguments))
 
     def call(self, method: str, per_rank: Sequence[tuple[Any, ...]]) -> list[Any]:
         self.steps += method == "step"
@@ -48,12 +53,13 @@ class Mortal(InProcessRank):
         return super().call(method, per_rank)
 
     def restart(self) -> None:
-        self.worker = LearnerWorker(*self.arguments, deterministic=True)
+        self.restarts += 1
+        self.worker = LearnerWorker(*self.arguments)
 
 
 @pytest.fixture
 def make(tiny_model, tmp_path, monkeypatch):
-    """Name of a run -> its recipe."""
+    """(name of a run, algorithm) -> its recipe."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loop, "sync", believe)
     rows = [
@@ -62,19 +68,22 @@ def make(tiny_model, tmp_path, monkeypatch):
     ]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "parity.py").write_text(
-        "def grade(prompt, completion):\n    return float(len(completion) % 2)\n"
+        "from plait.engine.types import Score\n\n"
+        "def grade(prompt, completion):\n"
+        "    return Score.ok(len(completion) % 2, answer=completion)\n"
     )
 
-    def build(name: str) -> Any:
+    def build(name: str, algorithm: str = "grpo") -> Any:
         recipe = tiny_recipe(
             tiny_model,
             run={"name": name, "dir": str(tmp_path), "deterministic": True},
             reward=no_verifier("parity:grade"),
-            loop={"steps": STEPS, "prompts_per_step": 4},
+            data={"hint_template": "{prompt} {hint}"},
+            loop={"steps": STEPS, "prompts_per_step": 4, "prompts_per_minibatch": 2},
             eval={"num_prompts": 2},
             checkpoint={"every": 2},
         )
-        recipe["algorithm"] = {"type": "grpo", "rollouts_per_prompt": 3}
+        recipe["algorithm"] = sections(algorithm, CONFIGS)
         return load_recipe(tmp_path / write_recipe(tmp_path, f"{name}.yaml", recipe))
 
     return build
@@ -88,14 +97,19 @@ def train_with(recipe: Any, model: Path, deaths: Sequence[int], **change: Any) -
         learners.ranks.stuck = change.pop("stuck", False)
         config = recipe.loop.model_copy(update=change)
         loop.train(config, recipe.eval, recipe.sampling, parts)
+        assert learners.ranks.restarts == len(deaths)
     return dice
 
 
-def test_a_lost_learner_costs_no_sample_and_no_bit(make, tiny_model):
-    """Lost before there is a checkpoint, and again beyond one, where a step is repeated."""
-    whole, torn = make("whole"), make("torn")
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in ALGORITHMS],
+)
+def test_a_lost_learner_costs_no_sample_and_no_bit(name, make, tiny_model):
+    """Lost within the first step, and again beyond a checkpoint; the algorithm itself lives on, with its notes."""
+    whole, torn = make(f"{name}-whole", name), make(f"{name}-torn", name)
     calm = train_with(whole, tiny_model, deaths=())
-    rough = train_with(torn, tiny_model, deaths=(1, 5))
+    rough = train_with(torn, tiny_model, deaths=(2, 8))
     assert rough.asked == calm.asked, "all from the journal, and the first evaluation is known"
     expected, found = everything(whole.folder), everything(torn.folder)
     assert found.keys() == expected.keys()
@@ -109,7 +123,7 @@ def test_restarts_are_counted(make, tiny_model, stuck, kind):
     with pytest.raises(
         kind, match=r"step 2: .*; loop.max_restarts = 1 allows no further"
     ) as caught:
-        train_with(recipe, tiny_model, deaths=(2, 4), max_restarts=1, stuck=stuck)
+        train_with(recipe, tiny_model, deaths=(2, 5), max_restarts=1, stuck=stuck)
     assert caught.type is kind
     with pytest.raises(LearnerError, match="3 restarts in a row led to no finished step"):
         train_with(recipe, tiny_model, deaths=range(9))
