@@ -64,9 +64,9 @@ def show(result: Mapping[str, Any]) -> None:
     columns += [f"{name}@{k}" for name, mine in ks.items() for k in mine]
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
-    lines = {"all": result, **result["sets"]}
-    lines |= {f"difficulty {name}": mine for name, mine in result["difficulties"].items()}
-    for name, mine in lines.items():
+    lines = [("all", result), *result["sets"].items()]
+    lines += [(f"difficulty {name}", mine) for name, mine in result["difficulties"].items()]
+    for name, mine in lines:
         interval = f"{shown(mine['low'])}..{shown(mine['high'])}" if "low" in mine else "-"
         table.add_row(
             name,
