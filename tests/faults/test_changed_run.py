@@ -182,14 +182,15 @@ def test_a_named_field_may_change_and_stays_changed(place, capsys):
     assert "changed:" not in capsys.readouterr().out
 
 
-def test_a_run_that_goes_on_has_no_summary_of_its_end(place):
-    summary = place.run / "summary.json"
-    summary.write_text("{}")
+def test_a_run_that_goes_on_says_no_more_that_it_has_ended(place):
+    told = [place.run / name for name in ("summary.json", "status.json")]
+    for file in told:
+        file.write_text("{}")
     with pytest.raises(ConfigError):
         place.resume("run.seed=9")
-    assert summary.exists(), "nothing went on"
+    assert all(file.exists() for file in told), "nothing went on"
     place.resume("loop.steps=9")
-    assert not summary.exists()
+    assert not any(file.exists() for file in told)
 
 
 def test_what_changes_no_number_is_accepted(place):
