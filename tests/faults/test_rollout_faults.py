@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,7 @@ from plait.engine.processes import is_alive
 from plait.rollouts import crew
 from plait.rollouts import pool as pool_module
 from plait.rollouts.pool import Pool
+from plait.rollouts.worker import RolloutWorker
 
 OpenPool = Callable[..., Pool]
 
@@ -223,6 +225,40 @@ def test_f11_a_half_updated_worker_refuses_until_it_is_replaced(open_pool, measu
     learner.check(list(pool.generate(requests(), step=2)), 2)
     assert "weights are undefined" in pool.losses[0].reason
     measured("F11", "sender dies: half-updated worker refuses, is replaced")
+
+
+class Dead(Exception):
+    """What vLLM raises once its process has ended."""
+
+
+class DeadEngine:
+    async def collective_rpc(self, method: str) -> None:
+        raise Dead
+
+    async def start_weight_update(self) -> None:
+        raise Dead
+
+    async def generate(self, *args: Any) -> AsyncIterator[Any]:
+        raise Dead
+        yield
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda worker: worker.beat(),
+        lambda worker: worker.prove(0, ()),
+        lambda worker: worker.start_weight_update(),
+        lambda worker: worker._request((1, 2), None, "a test"),
+    ],
+)
+def test_whoever_meets_a_dead_engine_calls_its_worker_lost(ask) -> None:
+    """So that it is replaced: every other error ends the run."""
+    worker = RolloutWorker("rollout-0", "stub", CONFIG, "float32")
+    worker._engine, worker._engine_dead = DeadEngine(), (Dead,)
+    worker._refusal, worker._updates = "", 1
+    with pytest.raises(WorkerLost, match="vLLM died in rollout worker rollout-0"):
+        asyncio.run(ask(worker))
 
 
 def test_no_worker_in_time_names_what_it_waits_for(open_pool) -> None:
