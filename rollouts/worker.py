@@ -260,8 +260,9 @@ class RolloutWorker:
             except self._engine_dead as error:
                 raise self._dead() from error
             except (EngineGenerateError, ValueError) as error:
+                cause = error.__cause__ or error  # an EngineGenerateError has no text of its own
                 raise RolloutError(
-                    f"vLLM failed in rollout worker {self._name} at {what}: {error}"
+                    f"vLLM failed in rollout worker {self._name} at {what}: {cause!r}"
                 ) from error
 
     @contextlib.contextmanager

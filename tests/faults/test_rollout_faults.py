@@ -17,10 +17,11 @@ from stub_workers import CONFIG, FAILPOINTS, NUM_PARAMETERS, SECONDS, StubWorker
 
 from plait.engine.errors import RolloutError, Stalled, WorkerLost
 from plait.engine.processes import is_alive
+from plait.engine.types import Sampling
 from plait.rollouts import crew
 from plait.rollouts import pool as pool_module
 from plait.rollouts.pool import Pool
-from plait.rollouts.worker import RolloutWorker
+from plait.rollouts.worker import RolloutWorker, SampleTask
 
 OpenPool = Callable[..., Pool]
 
@@ -259,6 +260,23 @@ def test_whoever_meets_a_dead_engine_calls_its_worker_lost(ask) -> None:
     worker._refusal, worker._updates = "", 1
     with pytest.raises(WorkerLost, match="vLLM died in rollout worker rollout-0"):
         asyncio.run(ask(worker))
+
+
+def test_a_request_that_vllm_cannot_run_is_named_with_its_cause() -> None:
+    from vllm.v1.engine.exceptions import EngineGenerateError
+
+    class Failing:
+        async def generate(self, *args: Any) -> AsyncIterator[Any]:
+            raise EngineGenerateError from MemoryError("no block left")
+            yield
+
+    worker = RolloutWorker("rollout-0", "stub", CONFIG, "float32")
+    worker._engine, worker._refusal = Failing(), ""
+    task = SampleTask("p/3", 1, (1, 2), (), Sampling(8), seed=0)
+    with pytest.raises(
+        RolloutError, match=r"at prompt p/3 \(index 1\): MemoryError.*no block left"
+    ):
+        asyncio.run(worker.generate(task))
 
 
 def test_no_worker_in_time_names_what_it_waits_for(open_pool) -> None:
