@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 import secrets
 import socket
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -126,8 +127,9 @@ def check_nodes(recipe: Recipe) -> Iterator[Check]:
         ).remote(node["NodeManagerAddress"])
         for node in nodes
     ]
+    addresses = [node["NodeManagerAddress"] for node in nodes]
     try:
-        yield from judge(recipe, probes, folder, word)
+        yield from judge(recipe, addresses, probes, folder, word)
     finally:
         for probe in probes:
             ray.kill(probe)
@@ -135,23 +137,32 @@ def check_nodes(recipe: Recipe) -> Iterator[Check]:
             left.unlink()
 
 
-def judge(recipe: Recipe, probes: Sequence[Any], folder: Path, word: str) -> Iterator[Check]:
+def answers(addresses: Sequence[str], calls: Sequence[Any]) -> list[Any]:
+    """Of all nodes. Raises ClusterError naming the first one that has none within NODE_SECONDS."""
     import ray
-    from ray.exceptions import GetTimeoutError, RayError
+    from ray.exceptions import RayError
 
-    try:
-        model = resolve_model(recipe.model.path)  # what the run gives its workers
-        calls = [probe.report.remote(str(folder), word, model) for probe in probes]
-        reports: list[NodeReport] = ray.get(calls, timeout=NODE_SECONDS)
-        ports = ray.get([probe.port.remote() for probe in probes], timeout=NODE_SECONDS)
-        places = list(zip((report.address for report in reports), ports, strict=True))
-        cut_off = ray.get(
-            [probe.unreachable.remote(places) for probe in probes], timeout=NODE_SECONDS
-        )
-    except (RayError, GetTimeoutError) as error:
-        raise ClusterError(
-            f"a node did not finish the preflight: {str(error).splitlines()[0]}"
-        ) from error
+    deadline, found = time.monotonic() + NODE_SECONDS, []
+    for address, call in zip(addresses, calls, strict=True):
+        try:
+            found.append(ray.get(call, timeout=max(0.0, deadline - time.monotonic())))
+        except RayError as error:
+            raise ClusterError(
+                f"node {address} did not finish the preflight within {NODE_SECONDS:g} s: "
+                f"{(str(error).splitlines() or [''])[0]}; mend it, or take it out of the cluster"
+            ) from error
+    return found
+
+
+def judge(
+    recipe: Recipe, addresses: Sequence[str], probes: Sequence[Any], folder: Path, word: str
+) -> Iterator[Check]:
+    model = resolve_model(recipe.model.path)  # what the run gives its workers
+    calls = [probe.report.remote(str(folder), word, model) for probe in probes]
+    reports: list[NodeReport] = answers(addresses, calls)
+    ports = answers(addresses, [probe.port.remote() for probe in probes])
+    places = list(zip(addresses, ports, strict=True))
+    cut_off = answers(addresses, [probe.unreachable.remote(places) for probe in probes])
 
     def faults(texts: Sequence[str]) -> str:
         pairs = zip(reports, texts, strict=True)

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import ray
+import ray.exceptions
 
 from end_to_end.command_line import tiny_recipe
-from plait.engine.errors import ConfigError
+from plait.engine.errors import ClusterError, ConfigError
 from plait.launch import preflight
 from plait.launch.config import Recipe, validate
 from plait.launch.run import check_inputs
@@ -55,9 +56,11 @@ class Probe:
 
 
 def table(recipe: Recipe, *probes: Probe, monkeypatch) -> dict[str, preflight.Check]:
-    monkeypatch.setattr(ray, "get", lambda calls, timeout: calls)
+    monkeypatch.setattr(ray, "get", lambda call, timeout: call)
     recipe.folder.mkdir(parents=True, exist_ok=True)
-    checks = preflight.judge(recipe, probes, recipe.folder, f".preflight-{time.monotonic_ns()}")
+    addresses = [probe.answer.address for probe in probes]
+    word = f".preflight-{time.monotonic_ns()}"
+    checks = preflight.judge(recipe, addresses, probes, recipe.folder, word)
     return {check.name: check for check in checks}
 
 
@@ -107,6 +110,18 @@ def test_a_folder_of_the_same_name_on_another_disk(recipe, monkeypatch):
 def test_a_node_behind_a_firewall(recipe, monkeypatch):
     checks = table(recipe, Probe(node("a"), cut=("b (timed out)",)), monkeypatch=monkeypatch)
     assert checks["ports"].problem == "node a: cannot connect to b (timed out)"
+
+
+def test_a_node_that_gives_no_answer_is_named(monkeypatch):
+    def get(call: str, timeout: float) -> str:
+        if call == "never":
+            raise ray.exceptions.GetTimeoutError("Get timed out")
+        return call
+
+    monkeypatch.setattr(ray, "get", get)
+    assert preflight.answers(["a", "b"], ["x", "y"]) == ["x", "y"]
+    with pytest.raises(ClusterError, match="node b did not finish the preflight within 180 s: Get"):
+        preflight.answers(["a", "b"], ["x", "never"])
 
 
 def test_a_real_probe(tmp_path, tiny_model, monkeypatch):
