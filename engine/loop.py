@@ -277,11 +277,15 @@ class Draws:
     prompts: list[Prompt] = field(default_factory=list)
     repeated: list[str] = field(default_factory=list)
     """Drawn once more in the same step, and left out."""
+    graded: bool = False
+    """The verifier was asked about their demonstrations."""
 
     def draw(self, n: int) -> list[Prompt]:
         """The next n, graded where a loss needs it, less those that are in the step already."""
         seen = {prompt.prompt_id for prompt in self.prompts}
-        drawn = graded(self.parts, self.parts.data.take(n), self.journaled)
+        taken = self.parts.data.take(n)
+        drawn = graded(self.parts, taken, self.journaled)
+        self.graded |= self.journaled is None and drawn is not taken
         fresh = [prompt for prompt in drawn if prompt.prompt_id not in seen]
         self.repeated += [prompt.prompt_id for prompt in drawn if prompt.prompt_id in seen]
         self.prompts += fresh
@@ -294,7 +298,7 @@ def rollout_rounds(
     """The plan's rollouts, then what the algorithm asks for after seeing them, round by round.
 
     A prompt's rollouts are numbered on over its rounds, so each has a seed of its own. Rounds that are in the journal
-    are taken from there; all of them are in it when this returns.
+    are taken from there; all of them are in it when this returns, and so are verdicts on demonstrations.
     """
     numbered: Counter[str] = Counter()
     rounds: list[Round] = []
@@ -314,7 +318,7 @@ def rollout_rounds(
             numbered[r.prompt.prompt_id] = max(numbered[r.prompt.prompt_id], end)
         answers = [found for _, found in rounds]
         requests = parts.algorithm.follow_up(answers, state.step, draws.draw)
-    if parts.journal is not None and sampled:
+    if parts.journal is not None and (sampled or draws.graded):
         with parts.log.phase("journal"):
             parts.journal.write(state, [*draws.prompts, *experts], rounds)
     return rounds
