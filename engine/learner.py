@@ -355,17 +355,21 @@ class LearnerWorker:
     # -- weights and checkpoints ---------------------------------------------------------------
 
     def connect(self, receivers: Sequence[Any], route: WeightRoute) -> None:
-        """Open the way to the rollout workers; `receivers` are handles with vLLM's weight-update methods."""
+        """Open the way to the rollout workers; `receivers` are handles with vLLM's weight-update methods.
+
+        May be called again, with the same route: what the sender holds, a copy of all weights, is there once.
+        """
         from .model import DTYPES
         from .weight_sync import make_sender
 
-        self.sender = make_sender(
-            route.kind,
-            rank=self.rank.index,
-            dtype=DTYPES[route.dtype],
-            timeout_seconds=route.timeout_seconds,
-            ranks_per_receiver=route.ranks_per_receiver,
-        )
+        if self.sender is None:
+            self.sender = make_sender(
+                route.kind,
+                rank=self.rank.index,
+                dtype=DTYPES[route.dtype],
+                timeout_seconds=route.timeout_seconds,
+                ranks_per_receiver=route.ranks_per_receiver,
+            )
         self.sender.connect(receivers)
 
     def send_weights(self, version: int) -> Mapping[str, str]:
