@@ -159,7 +159,8 @@ class LearnerWorker:
         join_ranks(self.rank, backend, timeout)
         # Else DeepSpeed compiles a shared-memory all-reduce at every start, under a lock file that outlives a killed
         # process and that all later ones wait for; gloo and NCCL reduce without it.
-        deepspeed.ops.__compatible_ops__ = {}
+        ops: Any = deepspeed.ops
+        ops.__compatible_ops__ = {}
         deepspeed.init_distributed(
             dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False
         )
@@ -327,7 +328,8 @@ class LearnerWorker:
         nothing recorded the learner's log-probs before the update, the gap to the sampler is that of the current ones.
         """
         zero = torch.zeros((), device=self.device, dtype=torch.float64)
-        sums = dict.fromkeys(("grad_sq_policy", "grad_sq_expert", "gap_sum", "gap_tokens"), zero)
+        names = ("grad_sq_policy", "grad_sq_expert", "gap_sum", "gap_tokens")
+        sums: dict[str, Tensor] = dict.fromkeys(names, zero)
         targets = batch.trained.nonzero().squeeze(-1)
         grads = self.engine.module.hidden_grads
         if grads and len(targets):
