@@ -20,7 +20,7 @@ pytestmark = pytest.mark.long
 SECONDS = float(os.environ.get("PLAIT_STORM_SECONDS", "600"))
 WARM_STEPS = 4
 GRADE_SECONDS = 0.2
-"""Of a verifier that is as slow as many are. The run that shows the expected bits goes without, so it is over sooner."""
+"""Of a verifier that is as slow as many are. The run that shows the expected bits goes without and ends sooner."""
 
 
 def storm_recipe(model: Path, steps: int) -> dict[str, Any]:
