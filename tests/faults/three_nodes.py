@@ -53,9 +53,10 @@ class Story:
         """What happened when, in seconds. `both` has the learner and a rollout worker, `lone` the other one."""
         began = time.monotonic()
         client = JobSubmissionClient(self.url)
+        # No working_dir: nodes of one machine share the folder it is unpacked to, and each takes it away from the rest.
         job = client.submit_job(
-            entrypoint=f"{sys.executable} -m plait.launch train recipe.yaml run.dir={self.run.parent} --insecure",
-            runtime_env={"working_dir": str(self.folder), "excludes": ["runs"]},
+            entrypoint=f"cd {self.folder} && {sys.executable} -m plait.launch train recipe.yaml "
+            f"run.dir={self.run.parent} --insecure"
         )
 
         def said() -> str:
