@@ -27,7 +27,7 @@ test: $(STAMP) ## Run the tests but for the long faults; those that need a GPU s
 
 faults: $(STAMP) ## Run the whole catalogue of faults, the long ones too, and write docs/reliability.md.
 	rm -rf build/faults && mkdir -p build/faults
-	PLAIT_FAULTS_REPORT=build/faults $(BIN)/python -m pytest tests/faults tests/rewards tests/data \
+	PLAIT_FAULTS_REPORT=$(CURDIR)/build/faults $(BIN)/python -m pytest tests/faults tests/rewards tests/data \
 		tests/model/test_remote_code.py tests/algorithms/test_bad_traces.py -m "long or not long"
 	$(BIN)/python tests/faults/write_table.py build/faults docs/reliability.md
 
