@@ -22,12 +22,12 @@ $(STAMP): $(PINS) pyproject.toml
 quickstart: $(STAMP) ## Train SmolLM2-135M with CHORD on this machine's CPU, in minutes.
 	$(BIN)/plait train quickstart --overwrite
 
-test: $(STAMP) ## Run every test; those that need a GPU skip with a reason.
+test: $(STAMP) ## Run the tests but for the long faults; those that need a GPU skip with a reason.
 	$(BIN)/python -m pytest
 
 faults: $(STAMP) ## Run the whole catalogue of faults, the long ones too, and write docs/reliability.md.
 	rm -rf build/faults && mkdir -p build/faults
-	PLAIT_FAULTS_REPORT=build/faults $(BIN)/python -m pytest tests/faults tests/rewards tests/data \
+	PLAIT_FAULTS_REPORT=$(CURDIR)/build/faults $(BIN)/python -m pytest tests/faults tests/rewards tests/data \
 		tests/model/test_remote_code.py tests/algorithms/test_bad_traces.py -m "long or not long"
 	$(BIN)/python tests/faults/write_table.py build/faults docs/reliability.md
 

@@ -232,7 +232,7 @@ class RolloutPool(Protocol):
         ...
 
     def admit(
-        self, version: int, receivers: Sequence[Any], sync: Callable[[Sequence[Any]], None]
+        self, version: int, receivers: Sequence[Any], sync: Callable[[Sequence[Any]], object]
     ) -> None:
         """These are proved to serve `version`, and from now on nobody draws samples who is not.
 

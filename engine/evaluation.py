@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from .config import EvalConfig
+from .errors import RewardError
 from .types import Prompt, RolloutGroup, RolloutRequest, Sampling, Score
 
 SUCCESS = 1.0
@@ -57,7 +58,7 @@ def evaluation_requests(
 
 
 def evaluate_groups(groups: Sequence[RolloutGroup]) -> EvalResult:
-    """Raises ValueError where no score is known."""
+    """Raises RewardError where no score is known."""
     named = {group.prompt.part for group in groups} != {""}
     levels = difficulty_levels([group.prompt for group in groups])
     return replace(
@@ -68,11 +69,15 @@ def evaluate_groups(groups: Sequence[RolloutGroup]) -> EvalResult:
 
 
 def measure(groups: Sequence[RolloutGroup]) -> EvalResult:
-    """Of all groups together. Raises ValueError where no score is known."""
+    """Of all groups together. Raises RewardError where no score is known."""
     rewards = [reward for group in groups for reward in group.rewards]
     total = sum(len(group.scores) for group in groups)
     if not rewards:
-        raise ValueError(f"evaluation has no known score: all {total} are UNKNOWN")
+        reasons = Counter(score.reason for group in groups for score in group.scores).most_common(3)
+        raise RewardError(
+            f"evaluation has no known score, all {total} are UNKNOWN: "
+            f"{'; '.join(f'{n} x {reason}' for reason, n in reasons)}. Correct the reward function or the data"
+        )
     counts = [
         (len(group.rewards), sum(reward >= SUCCESS for reward in group.rewards))
         for group in groups

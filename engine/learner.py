@@ -159,7 +159,8 @@ class LearnerWorker:
         join_ranks(self.rank, backend, timeout)
         # Else DeepSpeed compiles a shared-memory all-reduce at every start, under a lock file that outlives a killed
         # process and that all later ones wait for; gloo and NCCL reduce without it.
-        deepspeed.ops.__compatible_ops__ = {}
+        ops: Any = deepspeed.ops
+        ops.__compatible_ops__ = {}
         deepspeed.init_distributed(
             dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False
         )
@@ -327,7 +328,8 @@ class LearnerWorker:
         nothing recorded the learner's log-probs before the update, the gap to the sampler is that of the current ones.
         """
         zero = torch.zeros((), device=self.device, dtype=torch.float64)
-        sums = dict.fromkeys(("grad_sq_policy", "grad_sq_expert", "gap_sum", "gap_tokens"), zero)
+        names = ("grad_sq_policy", "grad_sq_expert", "gap_sum", "gap_tokens")
+        sums: dict[str, Tensor] = dict.fromkeys(names, zero)
         targets = batch.trained.nonzero().squeeze(-1)
         grads = self.engine.module.hidden_grads
         if grads and len(targets):
@@ -355,17 +357,21 @@ class LearnerWorker:
     # -- weights and checkpoints ---------------------------------------------------------------
 
     def connect(self, receivers: Sequence[Any], route: WeightRoute) -> None:
-        """Open the way to the rollout workers; `receivers` are handles with vLLM's weight-update methods."""
+        """Open the way to the rollout workers; `receivers` are handles with vLLM's weight-update methods.
+
+        May be called again, with the same route: what the sender holds, a copy of all weights, is there once.
+        """
         from .model import DTYPES
         from .weight_sync import make_sender
 
-        self.sender = make_sender(
-            route.kind,
-            rank=self.rank.index,
-            dtype=DTYPES[route.dtype],
-            timeout_seconds=route.timeout_seconds,
-            ranks_per_receiver=route.ranks_per_receiver,
-        )
+        if self.sender is None:
+            self.sender = make_sender(
+                route.kind,
+                rank=self.rank.index,
+                dtype=DTYPES[route.dtype],
+                timeout_seconds=route.timeout_seconds,
+                ranks_per_receiver=route.ranks_per_receiver,
+            )
         self.sender.connect(receivers)
 
     def send_weights(self, version: int) -> Mapping[str, str]:

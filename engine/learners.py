@@ -323,7 +323,7 @@ class LearnerGroup:
         self._all("export", folder)
 
     def restart(self) -> None:
-        self._receivers = None
+        self._receivers, self._skipped_in_a_row = None, 0
         self.ranks.restart()
 
     def status(self) -> Sequence[Mapping[str, Any]]:

@@ -20,6 +20,7 @@ from .batch import collate
 from .checkpoint import Checkpoints, Snapshot, snapshot, step_of
 from .config import EvalConfig, LoopConfig
 from .contracts import Algorithm, DataSource, Learners, RolloutPool, Scorer
+from .durable import storage_errors
 from .errors import LearnerLost, Stopped, WorkerLost
 from .evaluation import EvalResult, evaluate_groups, evaluation_requests
 from .failpoints import reach
@@ -44,6 +45,7 @@ from .types import (
     UpdateReport,
 )
 
+LOGGING = "the log of the run cannot be written"
 Round = tuple[Sequence[RolloutRequest], Sequence[RolloutGroup]]
 """What one round of rollouts asked for, and the scored groups."""
 
@@ -97,12 +99,14 @@ def begin(
 ) -> RunState:
     """Everything as the last checkpoint has it; `before`: where a lost learner had come to."""
     state = parts.checkpoints.restore(parts.algorithm, parts.data, parts.learners)
-    parts.log.begin(state, config.steps)
+    if before is not None:
+        state.eval_before = before.eval_before
+    with storage_errors(parts.log.folder, LOGGING):
+        parts.log.begin(state, config.steps)
     publish(parts, state)
-    if state.step == 0 and parts.data.eval_prompts:
-        known = before.eval_before if before is not None else None
+    if state.eval_before is None and state.step == 0 and parts.data.eval_prompts:
         try:
-            state.eval_before = known or evaluate(parts, evaluation, sampling, state)
+            state.eval_before = evaluate(parts, evaluation, sampling, state)
         except StopAsked as asked:
             raise Stopped(f"{asked} before the first step; nothing is lost") from None
     return state
@@ -229,14 +233,15 @@ def record_step(config: LoopConfig, parts: Parts, state: RunState, done: StepDon
     rounds = [groups for _, groups in done.rounds]
     metrics = step_metrics(state, rounds, done.updates, done.reports, algorithm.metrics())
     metrics |= done.ledger | count_outcomes(done.outcomes) | dict(parts.data.metrics())
-    log.step(state, done.groups, metrics)
-    log.record(done.record(state))
-    if due(state.step, config.save_batch_every):
-        path = log.folder / "batches" / f"step-{state.step:06d}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        asked = [*done.draws.prompts, *done.experts]
-        batch = SavedBatch(state.step - 1, *save_rounds(asked, done.rounds))
-        path.write_bytes(to_bytes(path, batch))
+    with storage_errors(log.folder, LOGGING):
+        log.step(state, done.groups, metrics)
+        log.record(done.record(state))
+        if due(state.step, config.save_batch_every):
+            path = log.folder / "batches" / f"step-{state.step:06d}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            asked = [*done.draws.prompts, *done.experts]
+            batch = SavedBatch(state.step - 1, *save_rounds(asked, done.rounds))
+            path.write_bytes(to_bytes(path, batch))
 
 
 def end_reason(config: LoopConfig, state: RunState) -> str | None:
@@ -272,11 +277,15 @@ class Draws:
     prompts: list[Prompt] = field(default_factory=list)
     repeated: list[str] = field(default_factory=list)
     """Drawn once more in the same step, and left out."""
+    graded: bool = False
+    """The verifier was asked about their demonstrations."""
 
     def draw(self, n: int) -> list[Prompt]:
         """The next n, graded where a loss needs it, less those that are in the step already."""
         seen = {prompt.prompt_id for prompt in self.prompts}
-        drawn = graded(self.parts, self.parts.data.take(n), self.journaled)
+        taken = self.parts.data.take(n)
+        drawn = graded(self.parts, taken, self.journaled)
+        self.graded |= self.journaled is None and drawn is not taken
         fresh = [prompt for prompt in drawn if prompt.prompt_id not in seen]
         self.repeated += [prompt.prompt_id for prompt in drawn if prompt.prompt_id in seen]
         self.prompts += fresh
@@ -289,7 +298,7 @@ def rollout_rounds(
     """The plan's rollouts, then what the algorithm asks for after seeing them, round by round.
 
     A prompt's rollouts are numbered on over its rounds, so each has a seed of its own. Rounds that are in the journal
-    are taken from there; all of them are in it when this returns.
+    are taken from there; all of them are in it when this returns, and so are verdicts on demonstrations.
     """
     numbered: Counter[str] = Counter()
     rounds: list[Round] = []
@@ -309,7 +318,7 @@ def rollout_rounds(
             numbered[r.prompt.prompt_id] = max(numbered[r.prompt.prompt_id], end)
         answers = [found for _, found in rounds]
         requests = parts.algorithm.follow_up(answers, state.step, draws.draw)
-    if parts.journal is not None and sampled:
+    if parts.journal is not None and (sampled or draws.graded):
         with parts.log.phase("journal"):
             parts.journal.write(state, [*draws.prompts, *experts], rounds)
     return rounds
@@ -418,7 +427,8 @@ def evaluate(parts: Parts, config: EvalConfig, sampling: Sampling, state: RunSta
     with parts.log.phase("eval"), waits, closing(drawn):
         groups = parts.scorer.score(requests, parts.log.watch(drawn, requests))
     result = evaluate_groups(groups)
-    parts.log.evaluated(state, groups, result)
+    with storage_errors(parts.log.folder, LOGGING):
+        parts.log.evaluated(state, groups, result)
     return result
 
 

@@ -203,10 +203,9 @@ class RunLog:
             path = self.folder / name
             if path.exists():
                 lines = path.read_text().splitlines(keepends=True)
-                # A run that begins anew evaluates the initial model anew.
-                kept = "".join(
-                    line for line in lines if line_step(line) <= state.step and state.step
-                )
+                # A run that begins anew evaluates the initial model anew, where it does not know the result.
+                last = state.step if state.step or state.eval_before else -1
+                kept = "".join(line for line in lines if line_step(line) <= last)
                 replace_durably(path, kept)
         if self._board is not None:
             self._board.close()

@@ -215,10 +215,11 @@ class RayRanks:
         now = time.monotonic()
         rows = []
         for rank, process in enumerate(self._ranks):
-            if process.activity is None:
+            activity = process.activity  # the thread that calls the ranks clears it at any time
+            if activity is None:
                 rows.append({"rank": rank, "method": ""})
             else:
-                said = asdict(process.activity)
+                said = asdict(activity)
                 said["seconds"] = round(said["seconds"], 1)
                 ago = round(now - process.heard, 1)
                 rows.append({"rank": rank, **said, "said_seconds_ago": ago})
@@ -238,8 +239,9 @@ class RayRanks:
         import ray
 
         seat = self._seats[rank] if self._seats else {}
-        remote: Any = ray.remote(concurrency_groups={_WATCH: 1})
-        actor = remote(RemoteLearner).options(**self._options, **seat).remote()
+        remote: Any = ray.remote  # its types know no concurrency groups
+        make = remote(concurrency_groups={_WATCH: 1})
+        actor = make(RemoteLearner).options(**self._options, **seat).remote()
         return _Process(actor, actor.place.remote(), actor.warm.remote() if warm else None)
 
     def _begin(self) -> None:
@@ -290,11 +292,12 @@ class RayRanks:
 
         deadline = time.monotonic() + self._config.timeout_seconds
         pending = {ref: rank for rank, ref in enumerate(refs)}
+        answers: dict[int, Any] = {}
         while pending:
             for ref in ray.wait(list(pending), timeout=_TICK)[0]:
                 rank = pending.pop(ref)
                 try:
-                    ray.get(ref)
+                    answers[rank] = ray.get(ref)
                 except RayActorError as error:
                     raise self._died(rank, method, error) from error
                 except RayTaskError as error:
@@ -304,7 +307,7 @@ class RayRanks:
                 raise self._late(list(pending.values()), method)
         for process in self._ranks:
             process.activity = None
-        return ray.get(refs)
+        return [answers[rank] for rank in range(len(refs))]
 
     def _failed(self, rank: int, method: str, error: Any, pending: Mapping[Any, int]) -> Exception:
         """What a rank raised; LearnerLost where that is only because another rank has gone."""
@@ -313,8 +316,10 @@ class RayRanks:
 
         cause = error.cause or error
         if is_out_of_memory(cause):
+            # Python's own has no text.
+            said = str(cause).partition("\n")[0] or type(cause).__name__
             return LearnerError(
-                f"learner rank {rank} ran out of memory in {method}: {str(cause).splitlines()[0]}. Lower "
+                f"learner rank {rank} ran out of memory in {method}: {said}. Lower "
                 "learner.max_tokens_per_micro_batch or learner.logit_chunk_tokens, or set gradient_checkpointing, "
                 "offload_optimizer or a higher zero_stage of the learner"
             )

@@ -6,7 +6,7 @@ digest of the weights must be equal to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,9 @@ class Replayed:
 class NothingSampled:
     """contracts.RolloutPool of a replay: all rollouts are in the journal, or it cannot be made."""
 
-    def generate(self, requests: Sequence[RolloutRequest], *, step: int) -> Iterator[Rollout]:
+    def generate(
+        self, requests: Sequence[RolloutRequest], *, step: int
+    ) -> Generator[Rollout, None, None]:
         raise CheckpointError(
             f"the journal does not hold the rollouts of step {step + 1}, so it cannot be repeated"
         )
@@ -87,7 +89,10 @@ def replay(config: LoopConfig, sampling: Sampling, parts: Parts) -> Replayed:
 
 
 def start_before(last: int, parts: Parts) -> RunState:
-    """The newest intact checkpoint before step `last`, loaded; the initial model where there is none."""
+    """The newest checkpoint before step `last`, loaded; the initial model where there is none.
+
+    Raises CheckpointError where it is damaged.
+    """
     for folder in reversed(parts.checkpoints.complete()):
         if step_of(folder) >= last:
             continue

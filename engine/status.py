@@ -53,6 +53,7 @@ class StatusFile:
         self._log, self._rollouts, self._learners = log, rollouts, learners
         self._limit, self._stalled = stall_seconds, stalled
         self._moved, self._last = time.monotonic(), ""
+        self._out_of_date = False
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="plait-status", daemon=True)
         self._thread.start()
@@ -95,9 +96,12 @@ class StatusFile:
         try:
             partial.write_text(json.dumps(content, indent=1) + "\n")
             partial.replace(path)
+            self._out_of_date = False
         except OSError as error:
             # A full disk must not end a run that could go on: the checkpoint decides that.
-            self._log.console.say(f"{path} is out of date: {error}")
+            if not self._out_of_date:
+                self._log.console.say(f"{path} is out of date: {error}")
+            self._out_of_date = True
 
 
 def without_times(value: Any) -> Any:

@@ -193,8 +193,10 @@ def _call(
         try:
             ray.get(ref, timeout=max(0.0, deadline - time.monotonic()))
         except GetTimeoutError as error:
+            late = len(ray.wait(refs, num_returns=len(refs), timeout=0)[1])
             raise WeightSyncError(
-                f"rollout workers did not finish {method} before the sync deadline"
+                f"{late} of {len(refs)} rollout workers did not finish {method} before the sync deadline "
+                "(rollouts.sync_timeout_seconds)"
             ) from error
         except RayActorError:
             continue

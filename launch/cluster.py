@@ -17,11 +17,12 @@ import subprocess
 import sys
 import tempfile
 import threading
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
 import plait
 
@@ -46,9 +47,15 @@ SHORT = 24
 def ray_cluster() -> Iterator[None]:
     """Ray is up inside; a cluster that was started here ends with it, one that was up before stays."""
     os.environ["PYTHONPATH"] = python_path()
-    joins = "RAY_ADDRESS" in os.environ
+    joins = bool(os.environ.get("RAY_ADDRESS"))
     if not joins:
         keep_private()
+    elif "://" in os.environ["RAY_ADDRESS"]:
+        raise ClusterError(
+            f"RAY_ADDRESS = {os.environ['RAY_ADDRESS']}: a run joins a cluster from one of its nodes, as HOST:PORT of "
+            "the head (6379); `plait submit` trains there through the job server; without RAY_ADDRESS the run has a "
+            "cluster of its own on this machine"
+        )
     import ray
 
     if ray.is_initialized():
@@ -58,14 +65,7 @@ def ray_cluster() -> Iterator[None]:
     os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
     on_sigterm = signal.getsignal(signal.SIGTERM)
     with nullcontext() if joins else guarded() as folder:
-        context = ray.init(
-            address=None if joins else "local",
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            include_dashboard=None if joins else False,
-            runtime_env={"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"]}},
-            _temp_dir=folder,
-        )
+        context = start_ray(joins, folder)
         if threading.current_thread() is threading.main_thread():
             signal.signal(
                 signal.SIGTERM, on_sigterm
@@ -75,6 +75,28 @@ def ray_cluster() -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+def start_ray(joins: bool, folder: str | None) -> Any:
+    """Raises ClusterError where the cluster to join does not answer."""
+    import ray
+
+    try:
+        return ray.init(
+            address=None if joins else "local",
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            include_dashboard=None if joins else False,
+            runtime_env={"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"]}},
+            _temp_dir=folder,
+        )
+    except ConnectionError as error:
+        if not joins:
+            raise
+        raise ClusterError(
+            f"RAY_ADDRESS = {os.environ['RAY_ADDRESS']}: {error}; start Ray there, or give this process the cluster's "
+            "token; without RAY_ADDRESS the run has a cluster of its own on this machine"
+        ) from error
 
 
 @contextmanager
@@ -126,12 +148,20 @@ def ensure_token() -> None:
     if path.is_file() and path.stat().st_size:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return  # another run makes it at this moment
+    fd, draft = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)  # mode 600
     with os.fdopen(fd, "w") as file:
         file.write(secrets.token_hex(32))
+    try:
+        if path.exists():  # empty: it was refused above otherwise
+            os.replace(draft, path)
+        else:
+            os.link(
+                draft, path
+            )  # whole or not at all, and never over the one that another run made meanwhile
+    except FileExistsError:
+        pass
+    finally:
+        Path(draft).unlink(missing_ok=True)
 
 
 def refuse_exposed(dashboard: str | None) -> None:
@@ -165,7 +195,7 @@ def answers_anybody(url: str) -> bool:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(url, timeout=ASK_SECONDS):
             return True
-    except (OSError, urllib.error.HTTPError):
+    except (OSError, HTTPException):
         return False
 
 

@@ -20,7 +20,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from ..algorithms import resolve
 from ..engine.checkpoint import Checkpoints
 from ..engine.config import Section
-from ..engine.errors import ConfigError, PlaitError, Problem
+from ..engine.errors import ConfigError, PlaitError, Problem, RunInUse, Stopped
 from .cluster import ray_cluster
 from .config import Raw, Recipe, apply_override, read_yaml, validate
 from .open_pool import OpenPool
@@ -209,6 +209,8 @@ def run_one(entry: Entry, workers: OpenPool, keep_models: bool) -> Outcome:
         resume = bool(Checkpoints(folder / "checkpoints", recipe.checkpoint).complete())
         try:
             summary = train(recipe, overwrite=not resume, resume=resume, workers=workers)
+        except (Stopped, RunInUse):
+            raise  # says nothing of the method: given again, the comparison goes on
         except (PlaitError, RayError, RuntimeError) as error:
             workers.close()
             lines = str(error).strip().splitlines() or ["no message"]

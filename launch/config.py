@@ -182,7 +182,7 @@ def apply_override(raw: Raw, override: str) -> None:
     *parents, last = key.split(".")
     section = raw
     for parent in parents:
-        below = section.setdefault(parent, {})
+        below: Any = section.setdefault(parent, {})
         if isinstance(below, str) and parent in ("model", "reward"):
             below = section[parent] = {{"model": "path", "reward": "function"}[parent]: below}
         if not isinstance(below, dict):
@@ -203,8 +203,8 @@ def validate(raw: Raw) -> Recipe:
         known = {problem.path for problem in problems}
         found = [as_problem(details, raw, schema) for details in error.errors()]
         problems += [problem for problem in found if problem.path not in known]
-    else:
-        problems += contradictions(recipe)
+        raise ConfigError(problems) from None
+    problems += contradictions(recipe)
     if problems:
         raise ConfigError(problems)
     return recipe

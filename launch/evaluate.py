@@ -25,7 +25,9 @@ def evaluate(recipe: Recipe, model_path: str, output: Path | None = None) -> dic
     """
     if recipe.reward is None or not recipe.evaluates:
         raise ConfigError.at(
-            "eval.num_prompts", recipe.eval.num_prompts, "evaluation needs prompts and a reward"
+            "eval.num_prompts",
+            recipe.eval.num_prompts,
+            "there is nothing to evaluate on: hold prompts out with it or name data.eval_sets, and give a reward",
         )
     inputs = check_inputs(recipe)
 
@@ -62,9 +64,9 @@ def show(result: Mapping[str, Any]) -> None:
     columns += [f"{name}@{k}" for name, mine in ks.items() for k in mine]
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
-    lines = {"all": result, **result["sets"]}
-    lines |= {f"difficulty {name}": mine for name, mine in result["difficulties"].items()}
-    for name, mine in lines.items():
+    lines = [("all", result), *result["sets"].items()]
+    lines += [(f"difficulty {name}", mine) for name, mine in result["difficulties"].items()]
+    for name, mine in lines:
         interval = f"{shown(mine['low'])}..{shown(mine['high'])}" if "low" in mine else "-"
         table.add_row(
             name,

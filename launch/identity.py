@@ -14,6 +14,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from ..engine.durable import replace_durably, storage_errors
 from ..engine.errors import CheckpointError, ConfigError, Problem
 from ..engine.manifest import sealed, unsealed
@@ -33,6 +35,8 @@ FREE = (
     "*.max_restarts",
     "loop.stall_seconds",
     "rollouts.max_reissues",
+    "*.silence_seconds",
+    "*.place_seconds",
     "*timeout_seconds",
 )
 """Fields that change no number of a run."""
@@ -56,7 +60,7 @@ def identity_of(recipe: Recipe, model_path: str) -> dict[str, Any]:
 
     folder = local_folder(model_path)
     return {
-        "config": dict(flatten(recipe.model_dump(mode="json"))),
+        "config": dict(flatten(recipe, recipe.model_dump(mode="json"))),
         "model": digests(folder, WEIGHTS),
         "tokenizer": digests(folder, TOKENIZER),
         "versions": package_versions(),
@@ -101,11 +105,14 @@ def digest_of(file: Path) -> str:
     return found.hexdigest()
 
 
-def flatten(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted path, value); a list is a value."""
-    for name, value in section.items():
-        if isinstance(value, Mapping) and value:
-            yield from flatten(value, f"{prefix}{name}.")
+def flatten(
+    section: BaseModel, dumped: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of each field; a list is a value, and so is a mapping whose keys are the user's."""
+    for name, value in dumped.items():
+        inner = getattr(section, name)
+        if isinstance(inner, BaseModel):
+            yield from flatten(inner, value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 

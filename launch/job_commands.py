@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,7 +13,8 @@ from ..engine.errors import ClusterError, ConfigError
 from .config import find_recipe, load_recipe
 
 Address = Annotated[
-    str | None, typer.Option(help="Job server, for example http://head:8265; default: RAY_ADDRESS.")
+    str | None,
+    typer.Option(help="Job server, such as http://head:8265; default: RAY_API_SERVER_ADDRESS."),
 ]
 Insecure = Annotated[
     bool, typer.Option("--insecure", help="Also on a cluster that asks nobody for a token.")
@@ -98,20 +99,26 @@ def status(
 ) -> None:
     """What a run does at this moment, or every job of the cluster."""
     from . import submit as jobs
+    from .run_folder import CONFIG_FILE
     from .run_status import describe_run, read_status
 
-    folder = Path(target) if target else None
+    if target is None:
+        every = jobs.jobs_of(jobs.connect(address))
+        lines = "\n".join(map(jobs.describe, every)) or "no job of plait here"
+        print(json.dumps([*map(jobs.to_json, every)]) if as_json else lines)
+        return
+    folder, found = Path(target), dict[str, Any]()
     lines = []
-    if folder is None or not folder.is_dir():
-        client = jobs.connect(address)
-        if target is None:
-            print("\n".join(map(jobs.describe, jobs.jobs_of(client))) or "no job of plait here")
-            return
-        job = jobs.find_job(client, target)
-        lines = [jobs.describe(job)]
-        folder = Path(job.metadata[jobs.FOLDER])
-    found = read_status(folder)
-    print(json.dumps(found) if as_json else "\n".join([*lines, *describe_run(folder, found)]))
+    if not folder.is_dir():
+        job = jobs.find_job(jobs.connect(address), target)
+        folder, found["job"] = Path(job.metadata[jobs.FOLDER]), jobs.to_json(job)
+        lines.append(jobs.describe(job))
+    if lines and not (folder / CONFIG_FILE).is_file():
+        lines.append(f"{folder} holds no run yet, or is not to be seen from this machine")
+    else:
+        found |= read_status(folder)
+        lines += describe_run(folder, found)
+    print(json.dumps(found) if as_json else "\n".join(lines))
 
 
 def stop(

@@ -38,7 +38,7 @@ def evaluate(
     from .evaluate import evaluate as run
     from .evaluate import show
     from .model import resolve_model
-    from .run import check_inputs, load_run
+    from .run import load_run
 
     if Path(target).is_dir():
         model = Path(target) / "export"
@@ -48,7 +48,6 @@ def evaluate(
         result = run(loaded, str(model.resolve()), output)
     else:
         recipe = load_recipe(target, overrides or ())
-        check_inputs(recipe)
         result = run(recipe, resolve_model(recipe.model.path), output)
     if as_json:
         print(json.dumps(result))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 import secrets
 import socket
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,9 +22,9 @@ from ..engine.errors import ClusterError, PlaitError
 from .check_reward import CHECKED, sample
 from .cluster import python_path
 from .config import Recipe
-from .model import check_model
+from .model import check_model, resolve_model
 from .placement import plan_bundles, words
-from .run import check_inputs, package_versions
+from .run import Inputs, check_inputs, package_versions
 from .scoring import open_scorer
 
 IMPORTS = ("torch", "deepspeed", "vllm", "transformers")
@@ -99,8 +100,8 @@ class NodeProbe:
 
 def preflight(recipe: Recipe) -> list[Check]:
     """Every check of the table; Ray is up. Raises ConfigError and DataError as a run would."""
-    check_inputs(recipe)
-    return [*check_nodes(recipe), check_supply(recipe), check_reward(recipe)]
+    inputs = check_inputs(recipe)
+    return [*check_nodes(recipe), check_supply(recipe), check_reward(inputs)]
 
 
 def check_nodes(recipe: Recipe) -> Iterator[Check]:
@@ -126,8 +127,9 @@ def check_nodes(recipe: Recipe) -> Iterator[Check]:
         ).remote(node["NodeManagerAddress"])
         for node in nodes
     ]
+    addresses = [node["NodeManagerAddress"] for node in nodes]
     try:
-        yield from judge(recipe, probes, folder, word)
+        yield from judge(recipe, addresses, probes, folder, word)
     finally:
         for probe in probes:
             ray.kill(probe)
@@ -135,22 +137,32 @@ def check_nodes(recipe: Recipe) -> Iterator[Check]:
             left.unlink()
 
 
-def judge(recipe: Recipe, probes: Sequence[Any], folder: Path, word: str) -> Iterator[Check]:
+def answers(addresses: Sequence[str], calls: Sequence[Any]) -> list[Any]:
+    """Of all nodes. Raises ClusterError naming the first one that has none within NODE_SECONDS."""
     import ray
-    from ray.exceptions import GetTimeoutError, RayError
+    from ray.exceptions import RayError
 
-    try:
-        calls = [probe.report.remote(str(folder), word, recipe.model.path) for probe in probes]
-        reports: list[NodeReport] = ray.get(calls, timeout=NODE_SECONDS)
-        ports = ray.get([probe.port.remote() for probe in probes], timeout=NODE_SECONDS)
-        places = list(zip((report.address for report in reports), ports, strict=True))
-        cut_off = ray.get(
-            [probe.unreachable.remote(places) for probe in probes], timeout=NODE_SECONDS
-        )
-    except (RayError, GetTimeoutError) as error:
-        raise ClusterError(
-            f"a node did not finish the preflight: {str(error).splitlines()[0]}"
-        ) from error
+    deadline, found = time.monotonic() + NODE_SECONDS, []
+    for address, call in zip(addresses, calls, strict=True):
+        try:
+            found.append(ray.get(call, timeout=max(0.0, deadline - time.monotonic())))
+        except RayError as error:
+            raise ClusterError(
+                f"node {address} did not finish the preflight within {NODE_SECONDS:g} s: "
+                f"{(str(error).splitlines() or [''])[0]}; mend it, or take it out of the cluster"
+            ) from error
+    return found
+
+
+def judge(
+    recipe: Recipe, addresses: Sequence[str], probes: Sequence[Any], folder: Path, word: str
+) -> Iterator[Check]:
+    model = resolve_model(recipe.model.path)  # what the run gives its workers
+    calls = [probe.report.remote(str(folder), word, model) for probe in probes]
+    reports: list[NodeReport] = answers(addresses, calls)
+    ports = answers(addresses, [probe.port.remote() for probe in probes])
+    places = list(zip(addresses, ports, strict=True))
+    cut_off = answers(addresses, [probe.unreachable.remote(places) for probe in probes])
 
     def faults(texts: Sequence[str]) -> str:
         pairs = zip(reports, texts, strict=True)
@@ -189,24 +201,28 @@ def check_supply(recipe: Recipe) -> Check:
 
     bundles = plan_bundles(recipe, learner=True, rollouts=True)
     nodes = [Counter(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    found = "; ".join(
-        words({k: v for k, v in node.items() if k == "GPU"}) or "no GPU" for node in nodes
-    )
+    kinds = sorted({"GPU", *(kind for bundle in bundles.resources for kind in bundle)} - {"CPU"})
+    found = "; ".join(words({k: n[k] for k in kinds if n[k]}) or "no GPU" for n in nodes)
     for bundle in sorted(bundles.resources, key=lambda one: -one.get("GPU", 0.0)):
         fits = [n for n in nodes if all(n[kind] >= amount for kind, amount in bundle.items())]
         if not fits:
-            return Check("resources", found, f"the recipe needs {bundles.needed()}")
+            return Check(
+                "resources",
+                f"the nodes have: {found}",
+                f"the recipe needs {bundles.needed()}; add nodes, or lower learner.num_workers, rollouts.num_workers "
+                "or rollouts.tensor_parallel_size",
+            )
         max(fits, key=lambda n: n["GPU"]).subtract(bundle)
-    return Check("resources", f"{bundles.needed() or 'no GPU'} of {found}")
+    return Check("resources", f"{bundles.needed()}; the nodes have: {found}")
 
 
-def check_reward(recipe: Recipe) -> Check:
+def check_reward(inputs: Inputs) -> Check:
     """The gold test of a run's start, timed."""
     from ..rewards.gold import run_gold_test
 
+    recipe, records = inputs.recipe, inputs.records
     if recipe.reward is None:
         return Check("reward", "none")
-    records = check_inputs(recipe).records
     with open_scorer(recipe) as scorer:
         report = run_gold_test(
             scorer, sample(records, min(CHECKED, recipe.reward.gold_samples or CHECKED))

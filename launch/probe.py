@@ -14,13 +14,10 @@ from typing import TYPE_CHECKING, Any
 from ..engine.evaluation import SUCCESS
 from ..engine.types import RolloutGroup, RolloutRequest
 from ..rollouts.probe_table import Rate, parse_rate
-from .collect import (
-    RowFiles,
-    batches,
-    open_model,
-)
+from .collect import RowFiles, batches, open_model
 from .probe_report import ProbeReport
 from .run import check_inputs, load_prompts
+from .run_lock import lock_run
 from .sampled_settings import PROBE_SETTINGS, Row, probed_settings
 from .scoring import open_scorer
 
@@ -45,7 +42,8 @@ def probe(
 ) -> ProbeReport:
     """Work through the training prompts that `folder` does not hold yet; the report is of the whole folder.
 
-    Raises ConfigError where the folder holds rates of other settings, and what sampling and scoring raise.
+    Raises ConfigError where the folder holds rates of other settings, RunInUse where another process adds to it,
+    and what sampling and scoring raise.
     """
     recipe = without_table(recipe)
     inputs = check_inputs(recipe)
@@ -54,8 +52,9 @@ def probe(
     def note(row: Row) -> None:
         rates.append(parse_rate(row)[1])
 
-    files = RowFiles(folder, [RATES], PROBE_SETTINGS, settings(recipe, probing), note)
     with ExitStack() as stack:
+        stack.enter_context(lock_run(folder))
+        files = RowFiles(folder, [RATES], PROBE_SETTINGS, settings(recipe, probing), note)
         scorer = open_scorer(recipe, folder)
         stack.callback(scorer.close)
         model, path = stack.enter_context(open_model(recipe, recipe.model.path))

@@ -10,6 +10,7 @@ from typing import Any
 from ..engine.checkpoint import Checkpoints
 from ..engine.durable import replace_durably, storage_errors
 from ..engine.errors import ConfigError
+from ..engine.status import STATUS_FILE
 from .config import Recipe
 from .identity import recorded, refuse_changes
 from .run_lock import LOCK_FILE
@@ -61,3 +62,5 @@ def check_resumable(recipe: Recipe, identity: dict[str, Any], named: Sequence[st
     if not Checkpoints(recipe.folder / CHECKPOINTS, recipe.checkpoint).complete():
         print(f"{recipe.folder} holds no checkpoint yet: the run begins at step 0", flush=True)
     write_config(recipe)
+    for name in (SUMMARY_FILE, STATUS_FILE):  # of an end that is no end any more
+        (recipe.folder / name).unlink(missing_ok=True)

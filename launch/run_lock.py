@@ -1,4 +1,4 @@
-"""One process writes a run folder at a time.
+"""One process writes a run folder, or one of collected rows, at a time.
 
 The lock is the kernel's (flock on RUN/lock), so it ends with its holder however that ends; who holds it is written
 into the file, for people.
@@ -52,7 +52,7 @@ def take(descriptor: int, folder: Path) -> None:
     except BlockingIOError as error:
         owner = read_owner(descriptor) or "a process that is just starting or ending"
         raise RunInUse(
-            f"{folder} is in use by {owner}. Wait for it, stop it, or choose another run.name"
+            f"{folder} is in use by {owner}. Wait for it, stop it, or choose another folder"
         ) from error
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):

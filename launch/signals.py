@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from ..engine.stop import StopRequest
@@ -23,12 +22,11 @@ def stopped_by_signals() -> Iterator[StopRequest]:
 
     def ask(number: int, frame: Any) -> None:
         if stop.reason and number == signal.SIGINT:
-            os.write(sys.stderr.fileno(), b"\nended at once\n")
+            tell("ended at once")
             os._exit(ENDED_AT_ONCE)
         name = signal.Signals(number).name
         if not stop.reason:
-            text = f"\n{name}: writes a checkpoint and ends; Ctrl-C (again) ends at once\n"
-            os.write(sys.stderr.fileno(), text.encode())
+            tell(f"{name}: writes a checkpoint and ends; Ctrl-C (again) ends at once")
         stop.ask(name)
 
     if threading.current_thread() is not threading.main_thread():
@@ -40,3 +38,9 @@ def stopped_by_signals() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def tell(text: str) -> None:
+    """Past sys.stderr, which may be in the middle of a write, or no file (a notebook's)."""
+    with suppress(OSError):
+        os.write(2, f"\n{text}\n".encode())

@@ -7,16 +7,18 @@ holds recipe, reward and data. What is secret never goes with them: a job's envi
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..engine.errors import ClusterError, ConfigError, RunInUse, Stopped
+from ..engine.errors import ClusterError, ConfigError, PlaitError, RunInUse, Stopped
 from .config import Recipe
 
 if TYPE_CHECKING:
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 RUN, FOLDER = "plait_run", "plait_folder"
 """Keys of a job's metadata."""
+SERVER = "RAY_API_SERVER_ADDRESS"
+"""Ray's environment variable for the address of a job server."""
 LEFT_OUT = [".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", "build", "dist"]
 """Of the folder that is copied; what its .gitignore names stays behind, too."""
 END_SECONDS = 60.0
@@ -49,8 +53,10 @@ class Submission:
 
     def command(self, name: str) -> str:
         """`plait NAME` of the submitted code where the folder is a checkout of plait, else of the installed one."""
-        place = [*self.overrides, f"run.dir={self.folder.parent}", f"run.name={self.folder.name}"]
-        words = ["python", "-m", "plait.launch", name, self.source, *place]
+        # As JSON, which is YAML: a run may be named 2026 or on.
+        place = {"run.dir": str(self.folder.parent), "run.name": self.folder.name}
+        named = [f"{field}={json.dumps(value)}" for field, value in place.items()]
+        words = ["python", "-m", "plait.launch", name, self.source, *self.overrides, *named]
         words += ["--insecure"] * self.insecure
         checkout = (self.working_dir / "src" / "plait" / "launch").is_dir()
         return ("PYTHONPATH=src:$PYTHONPATH " if checkout else "") + shlex.join(words)
@@ -58,12 +64,31 @@ class Submission:
     def runtime_env(self) -> dict[str, Any]:
         own = self.folder.parent
         inside = own.is_relative_to(self.working_dir.resolve())
-        runs = [str(own.relative_to(self.working_dir.resolve()))] if inside else []
+        runs = [f"/{own.relative_to(self.working_dir.resolve())}"] if inside else []
         return {
             "working_dir": str(self.working_dir),
             "excludes": [*LEFT_OUT, *runs],
             "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(self.grace_seconds)},
         }
+
+
+@contextmanager
+def asking(what: str) -> Iterator[None]:
+    """Raises ClusterError where the job server refuses, or is gone."""
+    from aiohttp import ClientError
+
+    try:
+        yield
+    except PlaitError:
+        raise
+    except (ClientError, OSError, RuntimeError, ValueError) as error:
+        raise ClusterError(
+            f"{what}: {first_line(error)}; a job that was started may go on: see `plait status`"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def connect(address: str | None) -> JobSubmissionClient:
@@ -73,12 +98,15 @@ def connect(address: str | None) -> JobSubmissionClient:
     """
     from ray.job_submission import JobSubmissionClient
 
+    if address is not None:
+        os.environ[SERVER] = address  # Ray prefers its variables to what it is given
     try:
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        known = os.environ.get(SERVER) or os.environ.get("RAY_ADDRESS")
+        place = known or "http://127.0.0.1:8265"
         raise ClusterError(
-            f"no Ray job server at {address or os.environ.get('RAY_ADDRESS') or 'http://127.0.0.1:8265'}: {reason}; "
+            f"no Ray job server at {place}: {first_line(error)}; "
             "start one with `ray start --head`, or name it with --address"
         ) from error
 
@@ -93,6 +121,7 @@ def refuse_second(client: JobSubmissionClient, folder: Path) -> None:
             )
 
 
+@asking("the job server does not take the job")
 def start(client: JobSubmissionClient, what: Submission, command: str) -> str:
     """Submit `plait COMMAND` and return the job's id; only training jobs are listed as runs."""
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")[:-3]
@@ -106,6 +135,7 @@ def start(client: JobSubmissionClient, what: Submission, command: str) -> str:
     )
 
 
+@asking("the job server does not list its jobs")
 def jobs_of(client: JobSubmissionClient, folder: Path | None = None) -> list[Any]:
     """Training jobs, the newest first; those of one run folder where one is given."""
     jobs = [job for job in client.list_jobs() if FOLDER in (job.metadata or {})]
@@ -114,6 +144,7 @@ def jobs_of(client: JobSubmissionClient, folder: Path | None = None) -> list[Any
     return sorted(jobs, key=lambda job: job.start_time or 0, reverse=True)
 
 
+@asking("the job cannot be followed any more")
 def follow(client: JobSubmissionClient, job: str) -> int:
     """Print what the job prints until it ends; its exit code. Leaving by Ctrl-C leaves the job running."""
 
@@ -150,6 +181,7 @@ def exit_code(info: Any) -> int:
     return info.driver_exit_code if info.driver_exit_code >= 0 else 128 - info.driver_exit_code
 
 
+@asking("the job cannot be stopped")
 def stop(client: JobSubmissionClient, target: str) -> tuple[str, str]:
     """Ask a job, or the job that trains in a run folder, to write a checkpoint and end; its id and last status."""
     job = find_job(client, target)
@@ -174,6 +206,13 @@ def find_job(client: JobSubmissionClient, target: str) -> Any:
 
 def describe(job: Any) -> str:
     """One line of `plait status`."""
-    metadata = job.metadata or {}
-    began = datetime.fromtimestamp((job.start_time or 0) / 1000).isoformat(" ", "seconds")
-    return f"{job.submission_id}  {job.status.value}  since {began}  {metadata.get(FOLDER, '')}"
+    began = "not begun"
+    if job.start_time is not None:
+        began = f"since {datetime.fromtimestamp(job.start_time / 1000).isoformat(' ', 'seconds')}"
+    return f"{job.submission_id}  {job.status.value}  {began}  {job.metadata[FOLDER]}"
+
+
+def to_json(job: Any) -> dict[str, Any]:
+    """The same for programs; what is not known is absent."""
+    found = {"job": job.submission_id, "status": job.status.value, "folder": job.metadata[FOLDER]}
+    return found if job.start_time is None else {**found, "started": job.start_time / 1000}

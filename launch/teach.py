@@ -13,13 +13,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..engine.errors import ConfigError
 from ..engine.evaluation import SUCCESS
 from ..engine.types import Prompt, Rollout, RolloutGroup, RolloutRequest, Score
 from .collect import RowFiles, Sampler, batches, open_model
 from .model import resolve_model
 from .run import check_inputs, load_prompts
+from .run_lock import lock_run
 from .sampled_settings import Row, sampling_settings
 from .scoring import open_scorer
+from .secret_keys import secrets_in
 
 if TYPE_CHECKING:
     from ..rewards.scorer import ProcessScorer
@@ -76,12 +79,16 @@ def teach(
 ) -> Totals:
     """Work through the training prompts that `folder` does not hold yet; the totals are of the whole folder.
 
-    Raises ConfigError where the folder holds traces of other settings, and what sampling and scoring raise.
+    Raises ConfigError where the folder holds traces of other settings, RunInUse where another process adds to it,
+    and what sampling and scoring raise.
     """
+    if problems := list(secrets_in(teaching.endpoint, "--endpoint")):
+        raise ConfigError(problems)  # it is written down with the traces
     inputs = check_inputs(recipe)
     totals, names = Totals(), (DEMONSTRATIONS, UNSOLVED)
-    files = RowFiles(folder, names, SETTINGS, settings(recipe, teaching), totals.count)
     with ExitStack() as stack:
+        stack.enter_context(lock_run(folder))
+        files = RowFiles(folder, names, SETTINGS, settings(recipe, teaching), totals.count)
         scorer = open_scorer(recipe, folder)
         stack.callback(scorer.close)
         teacher, model_path = stack.enter_context(open_teacher(recipe, teaching))

@@ -165,10 +165,12 @@ class ProcessPool:
             process.flush()
             while not (graded := process.collect(self._config.timeout_seconds)):
                 pass
-            return not graded[0].last
+            is_good = not graded[0].last
         except Lost:
-            self._example = None
-            return False
+            is_good = False
+        if not is_good:
+            self._example = None  # else no replacement would ever get to the queue
+        return is_good
 
     def _feed(self, process: ScoringProcess) -> None:
         """Returns when the process is lost or has retired. Raises Cancelled when the pool closes."""

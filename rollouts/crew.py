@@ -150,7 +150,12 @@ class Crew:
 
     def _replace(self, member: Member) -> None:
         failures = 0 if member.finished else member.failures + 1
-        if failures > self._config.max_restarts:
+        given_up = failures > self._config.max_restarts
+        spare = next((s for s in self._members if s.spare and (s.is_up or given_up)), None)
+        if spare is not None and not member.spare:
+            spare.spare, member.spare, spare.since = False, True, time.monotonic()
+            self.tell(f"{member.lost}; {spare.name} takes over")
+        if given_up:
             self.tell(f"given up after {failures} workers in a row: {member.lost}")
             if not self._members:
                 self.failure = RolloutError(
@@ -158,10 +163,6 @@ class Crew:
                     f"the last: {member.lost}"
                 )
             return
-        spare = next((one for one in self._members if one.spare and one.is_up), None)
-        if spare is not None and not member.spare:
-            spare.spare, member.spare, spare.since = False, True, time.monotonic()
-            self.tell(f"{member.lost}; {spare.name} takes over")
         fresh = self._enlist(member.seat, spare=member.spare, failures=failures)
         self._members.append(fresh)
         self.tell(f"{member.lost}; {fresh.name} starts")

@@ -43,7 +43,7 @@ def add_eval_sets(records: Records, config: DrawSection, read_part: ReadPart) ->
         train=train,
         held_out=[*records.held_out, *held],
         copies=[*records.copies, *copies],
-        parts=tuple(replace(p, num_train=n) for p, n in zip(records.parts, counts, strict=False)),
+        parts=tuple(replace(p, num_train=n) for p, n in zip(records.parts, counts, strict=True)),
         bad=tuple(bad),
         rewards=frozenset(rewards),
     )

@@ -71,7 +71,7 @@ class Pool:
         self._stop_token_ids: tuple[int, ...] = ()
         self._version: int | None = None
         """What a worker must be proved to serve; None: no weights were sent yet."""
-        self._sync: Callable[[Sequence[Any]], None] | None = None
+        self._sync: Callable[[Sequence[Any]], object] | None = None
         self._owed: dict[Any, _Owed] = {}
         self.reissued = 0
         """Samples that were asked for again."""
@@ -159,7 +159,7 @@ class Pool:
         return proofs
 
     def admit(
-        self, version: int, receivers: Sequence[Any], sync: Callable[[Sequence[Any]], None]
+        self, version: int, receivers: Sequence[Any], sync: Callable[[Sequence[Any]], object]
     ) -> None:
         """See contracts.RolloutPool."""
         self._version, self._sync = version, sync
@@ -261,9 +261,10 @@ class Pool:
         limit, now = self._config.sample_timeout_seconds, time.monotonic()
         for member in {one.member for one in owed.values()}:
             if not member.lost and now - member.last_sample > limit:
-                oldest = min(
-                    (one for one in owed.values() if one.member is member), key=lambda o: o.since
-                )
+                mine = {ref: one for ref, one in owed.items() if one.member is member}
+                if ray.wait(list(mine), timeout=0)[0]:
+                    continue  # finished, and not taken yet: the consumer is slow
+                oldest = min(mine.values(), key=lambda one: one.since)
                 reason = (
                     f"{member.name} finished no sample within rollouts.sample_timeout_seconds = {limit:g}; "
                     f"it owes {member.outstanding}, the oldest is {oldest.task}, for {now - oldest.since:.1f} s"

@@ -138,7 +138,8 @@ class RolloutWorker:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        output = (await self._request((*task.prompt, *task.prefix), params)).outputs[0]
+        context = (*task.prompt, *task.prefix)
+        output = (await self._request(context, params, str(task))).outputs[0]
         if output.finish_reason not in ("stop", "length", "abort"):
             raise RolloutError(
                 f"prompt {task.prompt_id}: vLLM ended the request with {output.finish_reason!r}"
@@ -162,13 +163,16 @@ class RolloutWorker:
     async def prove(self, version: int, probes: Sequence[Sequence[int]]) -> WorkerProof:
         """Evidence of what is served; a worker at another version answers so at once, without computing the rest.
 
-        WorkerLost after a weight update that was not finished.
+        WorkerLost after a weight update that was not finished, and when vLLM's process is dead.
         """
         if self._refusal:
             raise WorkerLost(self._refusal)
         if self._version != version or self._updates == 0:
             return WorkerProof(self._name, self._version, {}, (), ())
-        ranks = await self._engine.collective_rpc("prove_served_weights")
+        try:
+            ranks = await self._engine.collective_rpc("prove_served_weights")
+        except self._engine_dead as error:
+            raise self._dead() from error
         stale = {name: None for rank in ranks for name in rank["stale"]}
         for rank in ranks[1:]:  # tensor parallel ranks must all have received the same
             both = {*rank["checksums"].items()} ^ {*ranks[0]["checksums"].items()}
@@ -240,8 +244,8 @@ class RolloutWorker:
         cause = self._log.cause() or "its EngineCore process was killed"
         return WorkerLost(f"vLLM died in rollout worker {self._name}: {cause}")
 
-    async def _request(self, tokens: TokenIds, params: Any) -> Any:
-        """Run one request to its end."""
+    async def _request(self, tokens: TokenIds, params: Any, what: str) -> Any:
+        """Run one request to its end; `what` is its name in errors."""
         from vllm.v1.engine.exceptions import EngineGenerateError
 
         with self._drawing():
@@ -256,8 +260,9 @@ class RolloutWorker:
             except self._engine_dead as error:
                 raise self._dead() from error
             except (EngineGenerateError, ValueError) as error:
+                cause = error.__cause__ or error  # an EngineGenerateError has no text of its own
                 raise RolloutError(
-                    f"vLLM failed in rollout worker {self._name}: {error}"
+                    f"vLLM failed in rollout worker {self._name} at {what}: {cause!r}"
                 ) from error
 
     @contextlib.contextmanager
@@ -287,7 +292,7 @@ class RolloutWorker:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        scored = (await self._request(probe, params)).prompt_logprobs
+        scored = (await self._request(probe, params, "a probe of the weights")).prompt_logprobs
         return tuple(scored[place][probe[place]].logprob for place in range(1, len(probe)))
 
     @contextlib.contextmanager

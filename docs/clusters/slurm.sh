@@ -28,9 +28,19 @@ srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 bash -
   if [ \"\$SLURMD_NODENAME\" = \"$head_node\" ]; then
     exec ray start --block --head --node-ip-address=$head_ip --port=$port --dashboard-host=127.0.0.1
   fi
-  until ray health-check --address=$head_ip:$port 2> /dev/null; do sleep 1; done
+  until ray health-check --address=$head_ip:$port 2> /dev/null; do
+    [ \$SECONDS -le 300 ] || exit 11
+    sleep 1
+  done
   exec ray start --block --address=$head_ip:$port" &
-until RAY_ADDRESS=$head_ip:$port ray status > /dev/null 2>&1; do sleep 1; done
+cluster=$!
+until RAY_ADDRESS=$head_ip:$port ray status > /dev/null 2>&1; do
+  if [ "$SECONDS" -gt 300 ] || ! kill -0 "$cluster" 2> /dev/null; then
+    echo "no Ray head at $head_ip:$port after $SECONDS s; what it said is above" >&2
+    exit 11
+  fi
+  sleep 1
+done
 
 # The run waits for missing nodes by itself (run.wait_seconds) and says which. SIGTERM goes to it alone: Ray must live
 # until the checkpoint is written.

@@ -8,6 +8,7 @@ from math import comb
 import numpy as np
 import pytest
 
+from plait.engine.errors import RewardError
 from plait.engine.evaluation import (
     EvalResult,
     accuracy_interval,
@@ -33,7 +34,7 @@ def test_accuracy_is_over_known_scores():
 
 
 def test_an_evaluation_without_any_score_is_an_error():
-    with pytest.raises(ValueError, match="no known score"):
+    with pytest.raises(RewardError, match=r"no known score, all 1 are UNKNOWN: 1 x "):
         evaluate_groups([group(None)])
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,12 +16,13 @@ from plait.algorithms import Setup
 from plait.algorithms.chord import Chord, ChordConfig
 from plait.engine.batch import collate, select
 from plait.engine.config import LearnerConfig, LoraConfig
-from plait.engine.learner import LearnerWorker, Rank, learning_rate
+from plait.engine.learner import LearnerWorker, Rank, WeightRoute, learning_rate
 from plait.engine.ray_ranks import RemoteLearner
 from plait.engine.types import Sampling, Source
 from saved_state import save_state
 
 KINDS = "ppephe"
+BUFFER = "memfd:plait-weights"
 EVERYTHING = ChordConfig(entropy_coef=0.01, kl_coef=0.05, sampler_ratio_cap=2.0)
 ALGORITHM = Chord(EVERYTHING, Setup(Sampling(16)))
 COEFS = {"mu": 0.4}
@@ -241,3 +244,16 @@ def test_learning_rate_is_a_function_of_the_step(schedule, expected):
     config = LearnerConfig(learning_rate=1.0, schedule=schedule, warmup_ratio=0.2)
     rates = [learning_rate(config, step, 10) for step in range(4)]
     assert rates == pytest.approx(expected)
+
+
+def test_receivers_that_come_and_go_cost_no_memory(tiny_model):
+    """Each replaced rollout worker is one more connection."""
+    worker = make_worker(tiny_model, LearnerConfig())
+    route = WeightRoute("shared_memory", "float32", 10.0)
+    for version in range(3):
+        worker.connect((), route)
+        worker.send_weights(version)
+    names = (os.readlink(file) for file in Path("/proc/self/fd").iterdir() if file.is_symlink())
+    held = [name for name in names if BUFFER in name]
+    worker.close()
+    assert len(held) == 1

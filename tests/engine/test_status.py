@@ -13,6 +13,7 @@ import pytest
 
 from plait.engine.metrics import RunLog
 from plait.engine.processes import all_gone, family, is_alive, kill_family
+from plait.engine.ray_ranks import Activity, RayRanks
 from plait.engine.status import StatusFile, waits_for
 
 SERVES = {"name": "rollout-0", "state": "serves", "seconds": 9.0}
@@ -35,6 +36,14 @@ class Quiet:
         return lambda *args: None
 
 
+class Listener(Quiet):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+
 @pytest.mark.parametrize(
     ("phase", "workers", "ranks", "expected"),
     [
@@ -52,6 +61,37 @@ class Quiet:
 )
 def test_what_a_phase_waits_for(phase, workers, ranks, expected) -> None:
     assert waits_for(phase, workers, ranks) == expected
+
+
+def test_a_rank_may_fall_silent_while_its_status_is_read() -> None:
+    """The thread that calls the ranks forgets what they did as soon as they are done."""
+
+    class Rank:
+        heard = 0.0
+
+        def __init__(self) -> None:
+            self.said = [Activity("step", 1.0, "here", False, 3), None]
+
+        @property
+        def activity(self) -> Activity | None:
+            return self.said.pop(0)
+
+    ranks = RayRanks.__new__(RayRanks)
+    ranks._ranks = cast(Any, [Rank()])
+    (row,) = ranks.status()
+    assert row["method"] == "step"
+
+
+def test_a_full_disk_is_told_once(tmp_path) -> None:
+    console = Listener()
+    log = RunLog(tmp_path, cast(Any, console))
+    (tmp_path / ".status.json.partial").mkdir()
+    status = StatusFile(log, Role(), Role(), 60.0)
+    for _ in range(3):
+        status._write({})
+    status.close()
+    assert len(console.said) == 1
+    assert "status.json is out of date" in console.said[0]
 
 
 def test_a_run_that_is_stuck_says_so_once_and_one_that_moves_does_not(tmp_path) -> None:

@@ -1,4 +1,7 @@
-"""F6 and F7: nodes of a cluster leave and come back under rollout workers and learner ranks. Prints JSON."""
+"""F6 and F7: nodes of a cluster leave and come back under rollout workers and learner ranks.
+
+python tests/faults/lose_nodes.py FOUND.json
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ import contextlib
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -101,17 +106,17 @@ def lose_learner_node(cluster: Cluster) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(found_file: Path) -> None:
     os.environ["RAY_AUTH_MODE"] = "disabled"
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
     try:
         found = {"rollout": lose_rollout_node(cluster), "learner": lose_learner_node(cluster)}
-        print(json.dumps(found), flush=True)
+        found_file.write_text(json.dumps(found))
     finally:
         ray.shutdown()
         cluster.shutdown()
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import json
 import os
+import re
 import secrets
 import subprocess
 import tempfile
@@ -29,7 +31,13 @@ SCORING = "scoring process"
 class RealRun:
     """`plait train` in a folder of its own; temporary files of all its processes go to `tmp`."""
 
-    def __init__(self, folder: Path, recipe: dict[str, Any], env: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        recipe: dict[str, Any],
+        env: Mapping[str, str] | None = None,
+        grade_seconds: float = 0.0,
+    ):
         self.folder, self.mark = folder, secrets.token_hex(8)
         folder.mkdir(parents=True, exist_ok=True)
         self.tmp = Path(tempfile.mkdtemp(prefix="run-", dir="/tmp"))  # sockets need short paths
@@ -40,8 +48,9 @@ class RealRun:
         ]
         (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / "parity.py").write_text(
-            "from plait.engine.types import Score\n\n"
+            "import time\n\nfrom plait.engine.types import Score\n\n"
             "def grade(prompt, completion):\n"
+            f"    time.sleep({grade_seconds})\n"
             "    return Score.ok(len(completion) % 2, answer=completion)\n"
         )
         write_recipe(
@@ -108,10 +117,19 @@ class RealRun:
         started = time.monotonic()
         while True:
             found = [*map(str, self.processes()), *os.listdir(self.tmp)]
-            found += set(os.listdir("/dev/shm")) - self.shared_memory
+            found += set(os.listdir("/dev/shm")) - self.shared_memory - in_use()
             took = time.monotonic() - started
             if not found:
                 self.tmp.rmdir()
             if not found or took > seconds:
                 return found, took
             time.sleep(0.1)
+
+
+def in_use() -> set[str]:
+    """Names in /dev/shm that any living process has mapped: those that are asked for here belong to other programs."""
+    found = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile, or belongs to someone else
+            found |= set(re.findall(r"/dev/shm/(\S+)", maps.read_text()))
+    return found

@@ -1,10 +1,15 @@
-"""F34: an object store of 80 MiB, a consumer ten times slower than the producers, 640 MB of batches. Prints JSON."""
+"""F34: an object store of 80 MiB, a consumer ten times slower than the producers, 640 MB of batches.
+
+python tests/faults/small_store.py FOUND.json
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,10 +30,11 @@ SAMPLE_SECONDS = 0.005
 def store_of() -> Any:
     from ray._private.internal_api import node_stats
 
-    return node_stats().store_stats
+    (node,) = ray.nodes()
+    return node_stats(node["NodeManagerAddress"], node["NodeManagerPort"]).store_stats
 
 
-def main() -> None:
+def main(found_file: Path) -> None:
     ray.init(object_store_memory=STORE, include_dashboard=False, logging_level=logging.ERROR)
     pool_module.RolloutWorker = StubWorker  # type: ignore[misc]
     pool_module.environment = lambda config: {SECONDS: str(SAMPLE_SECONDS)}
@@ -45,11 +51,12 @@ def main() -> None:
         ranks.call("step", [(0.02, BATCH.copy()), (0.02, BATCH.copy())])
         peak = max(peak, store_of().object_store_bytes_used)
     spilled = store_of().spilled_bytes_total
-    print(json.dumps({"taken": taken, "most": most, "peak": peak, "spilled": spilled}), flush=True)
+    found = {"taken": taken, "most": most, "peak": peak, "spilled": spilled}
+    found_file.write_text(json.dumps(found))
     pool.close()
     ranks.close()
     ray.shutdown()
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))

@@ -19,6 +19,8 @@ from plait.launch.identity import identity_of, record
 from plait.launch.run_folder import CONFIG_FILE, prepare_folder
 from plait.launch.run_lock import lock_run
 
+TOLERANCE = {"relative_tolerance": 0.0}
+
 
 class Started(Exception):
     """The run would have gone on."""
@@ -41,6 +43,7 @@ class Place:
         raw["algorithm"] = {"type": "grpo", "rollouts_per_prompt": 4}
         raw["run"] = {"name": "changed", "dir": str(folder)}
         raw["eval"] = {"num_prompts": 2}
+        raw["reward"] = {"function": "numeric", "options": TOLERANCE}
         self.recipe = validate(raw)
         self.run = self.recipe.folder
         with lock_run(self.run):
@@ -129,6 +132,10 @@ MUTATIONS: dict[str, tuple[Callable[[Place], Any], str]] = {
         lambda p: p.edit("loop", "prompts_per_step", value=2),
         r"loop\.prompts_per_step: \d+ -> 2.*loop\.prompts_per_step=",
     ),
+    "one more option of the reward": (
+        lambda p: p.edit("reward", "options", value={**TOLERANCE, "absolute_tolerance": 1.0}),
+        r"reward\.options: .* -> .*'absolute_tolerance': 1\.0",
+    ),
     "algorithm": (
         lambda _: ["algorithm={type: ppo, rollouts_per_prompt: 4}"],
         r"algorithm\.type: 'grpo' -> 'ppo', which a run cannot change",
@@ -175,9 +182,21 @@ def test_a_named_field_may_change_and_stays_changed(place, capsys):
     assert "changed:" not in capsys.readouterr().out
 
 
+def test_a_run_that_goes_on_says_no_more_that_it_has_ended(place):
+    told = [place.run / name for name in ("summary.json", "status.json")]
+    for file in told:
+        file.write_text("{}")
+    with pytest.raises(ConfigError):
+        place.resume("run.seed=9")
+    assert all(file.exists() for file in told), "nothing went on"
+    place.resume("loop.steps=9")
+    assert not any(file.exists() for file in told)
+
+
 def test_what_changes_no_number_is_accepted(place):
     place.edit("checkpoint", "every", value=7)
     place.edit("rollouts", "sample_timeout_seconds", value=9.0)
+    place.edit("learner", "silence_seconds", value=9.0)
     place.resume()
 
 

@@ -18,7 +18,9 @@ from plait.engine.errors import Stopped
 
 pytestmark = pytest.mark.long
 SECONDS = float(os.environ.get("PLAIT_STORM_SECONDS", "600"))
-WARM_STEPS = 3
+WARM_STEPS = 4
+GRADE_SECONDS = 0.2
+"""Of a verifier that is as slow as many are. The run that shows the expected bits goes without and ends sooner."""
 
 
 def storm_recipe(model: Path, steps: int) -> dict[str, Any]:
@@ -55,7 +57,9 @@ def rage(run: RealRun, seconds: float, seed: int) -> list[str]:
 def test_f20_the_run_survives_a_storm_of_kills_with_the_same_bits(
     tmp_path, tiny_model, measured
 ) -> None:
-    run = RealRun(tmp_path / "storm", storm_recipe(tiny_model, 100_000))
+    run = RealRun(
+        tmp_path / "storm", storm_recipe(tiny_model, 100_000), grade_seconds=GRADE_SECONDS
+    )
     try:
         run.wait_for_step(WARM_STEPS, 120)
         first, started = run.rows()[-1]["step"], time.monotonic()
@@ -68,6 +72,7 @@ def test_f20_the_run_survives_a_storm_of_kills_with_the_same_bits(
         assert not left
     finally:
         run.driver.kill()
+    undisturbed = median(row["time/step"] for row in run.rows()[1:WARM_STEPS])
     rows = [row for row in run.rows() if first < row["step"] <= last]
     assert [row["step"] for row in rows] == list(range(first + 1, last + 1)), "each step once"
     ratio = sum(row["time/step"] for row in rows) / wall
@@ -78,7 +83,6 @@ def test_f20_the_run_survives_a_storm_of_kills_with_the_same_bits(
         calm.driver.kill()
     expected, found = calm.weights(), run.weights()
     assert all(found[step] == expected[step] for step in range(1, last + 1))
-    undisturbed = median(row["time/step"] for row in calm.rows()[WARM_STEPS:])
     speed = (last - first) * undisturbed / wall
     print(f"\n{len(struck)} kills in {wall:.0f} s: effective training time {ratio:.3f}, {run.said}")
     assert ratio >= 0.80

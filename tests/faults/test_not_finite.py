@@ -120,6 +120,16 @@ def test_f28_k_in_a_row_end_the_run_and_name_the_prompts(group, measured):
     measured("F28", "stopped after K = 3 in a row, naming loss, step and prompts")
 
 
+def test_a_learner_that_starts_again_counts_anew(group, monkeypatch):
+    """As a resumed run does: the steps after the checkpoint are taken, and counted, once more."""
+    learners = group(3)
+    monkeypatch.setattr(learners.ranks, "restart", lambda: None)
+    for _ in range(2):
+        for step in range(2):
+            run(learners, rows(broken=True), step)
+        learners.restart()
+
+
 def test_f28_skipped_steps_are_counted_and_nothing_else(group):
     learners = group(9)
     (bad,) = run(learners, rows(broken=True), 0)

@@ -108,6 +108,28 @@ def test_another_learner_is_found_out_and_a_lost_journal_is_named(make, tiny_mod
         repeat(recipe, tiny_model)
 
 
+def test_verdicts_on_demonstrations_are_asked_for_once(make, tiny_model, tmp_path):
+    """Also in steps without rollouts: a verifier that is near its deadline may say something else the next time."""
+    asked = tmp_path / "asked"
+    (tmp_path / "moody.py").write_text(
+        "def grade(prompt, completion):\n"
+        f"    with open({str(asked)!r}, 'a') as file:\n"
+        "        file.write(prompt.answer + ' ')\n"
+        "    return float(int(prompt.answer) % 2)\n"
+    )
+    recipe = make("sft", expert_loss={"type": "rift"})
+    assert recipe.reward is not None
+    reward = recipe.reward.model_copy(update={"function": "moody:grade"})
+    recipe = recipe.model_copy(update={"reward": reward})
+    assert play(recipe, Dice(), tiny_model, strike("step.journaled", 3)) is None
+    first = asked.read_text().split()
+    assert len(first) == 3 * 4 + recipe.eval.num_prompts
+    # No checkpoint was complete: the run begins anew, with the journal.
+    assert play(recipe, Dice(), tiny_model, strike("step.journaled", 3)) is None
+    again = asked.read_text().split()[len(first) :]
+    assert len(again) == recipe.eval.num_prompts
+
+
 @pytest.mark.parametrize("name", ["grpo", "relift", "chord"])
 def test_every_prompt_is_trained_dropped_with_a_reason_or_queued(name, make, tiny_model):
     changes = {"drop_uniform_groups": True} if name == "grpo" else {}

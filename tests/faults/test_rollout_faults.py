@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +17,11 @@ from stub_workers import CONFIG, FAILPOINTS, NUM_PARAMETERS, SECONDS, StubWorker
 
 from plait.engine.errors import RolloutError, Stalled, WorkerLost
 from plait.engine.processes import is_alive
+from plait.engine.types import Sampling
 from plait.rollouts import crew
 from plait.rollouts import pool as pool_module
 from plait.rollouts.pool import Pool
+from plait.rollouts.worker import RolloutWorker, SampleTask
 
 OpenPool = Callable[..., Pool]
 
@@ -119,6 +123,32 @@ def test_a_spare_takes_over_at_once(open_pool) -> None:
     assert pool._crew.members[0].name == "rollout-1"
 
 
+def test_a_spare_takes_the_place_that_is_given_up(monkeypatch) -> None:
+    """Also one that is not up yet: else nobody would ever serve, and nobody would say so."""
+    monkeypatch.setattr(crew, "is_ready", lambda ref: False)
+    monkeypatch.setattr(crew, "kill_actor", lambda actor, place: None)
+    call = SimpleNamespace(remote=lambda: None)
+    config = CONFIG.model_copy(update={"num_workers": 1, "num_spares": 1, "max_restarts": 0})
+    workers = crew.Crew(lambda name, seat: SimpleNamespace(place=call, start=call), config)
+    workers.begin()
+    workers.lose(workers.members[0], "rollout-0 died")
+    assert [member.name for member in workers.members] == ["rollout-1"]
+    assert workers.failure is None
+    workers.lose(workers.members[0], "rollout-1 died")
+    assert "no rollout worker is left" in str(workers.failure)
+    workers.close()
+
+
+def test_a_slow_consumer_is_not_taken_for_a_silent_worker(open_pool) -> None:
+    pool = open_pool(num_workers=1, sample_timeout_seconds=1.0)
+    stream = pool.generate(requests(), step=0)
+    rollouts = [next(stream)]
+    time.sleep(2)
+    rollouts += stream
+    assert len(rollouts) == 32
+    assert not pool.losses
+
+
 def test_f9_a_stopped_worker_is_replaced_and_not_heard_when_it_wakes(
     open_pool, measured, monkeypatch
 ) -> None:
@@ -196,6 +226,57 @@ def test_f11_a_half_updated_worker_refuses_until_it_is_replaced(open_pool, measu
     learner.check(list(pool.generate(requests(), step=2)), 2)
     assert "weights are undefined" in pool.losses[0].reason
     measured("F11", "sender dies: half-updated worker refuses, is replaced")
+
+
+class Dead(Exception):
+    """What vLLM raises once its process has ended."""
+
+
+class DeadEngine:
+    async def collective_rpc(self, method: str) -> None:
+        raise Dead
+
+    async def start_weight_update(self) -> None:
+        raise Dead
+
+    async def generate(self, *args: Any) -> AsyncIterator[Any]:
+        raise Dead
+        yield
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda worker: worker.beat(),
+        lambda worker: worker.prove(0, ()),
+        lambda worker: worker.start_weight_update(),
+        lambda worker: worker._request((1, 2), None, "a test"),
+    ],
+)
+def test_whoever_meets_a_dead_engine_calls_its_worker_lost(ask) -> None:
+    """So that it is replaced: every other error ends the run."""
+    worker = RolloutWorker("rollout-0", "stub", CONFIG, "float32")
+    worker._engine, worker._engine_dead = DeadEngine(), (Dead,)
+    worker._refusal, worker._updates = "", 1
+    with pytest.raises(WorkerLost, match="vLLM died in rollout worker rollout-0"):
+        asyncio.run(ask(worker))
+
+
+def test_a_request_that_vllm_cannot_run_is_named_with_its_cause() -> None:
+    from vllm.v1.engine.exceptions import EngineGenerateError
+
+    class Failing:
+        async def generate(self, *args: Any) -> AsyncIterator[Any]:
+            raise EngineGenerateError from MemoryError("no block left")
+            yield
+
+    worker = RolloutWorker("rollout-0", "stub", CONFIG, "float32")
+    worker._engine, worker._refusal = Failing(), ""
+    task = SampleTask("p/3", 1, (1, 2), (), Sampling(8), seed=0)
+    with pytest.raises(
+        RolloutError, match=r"at prompt p/3 \(index 1\): MemoryError.*no block left"
+    ):
+        asyncio.run(worker.generate(task))
 
 
 def test_no_worker_in_time_names_what_it_waits_for(open_pool) -> None:

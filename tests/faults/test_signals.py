@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -49,6 +51,14 @@ def test_handlers_are_given_back():
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.reason == "SIGTERM"
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_run_in_a_notebook_is_asked_too(monkeypatch):
+    """Whose sys.stderr is no file."""
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with stopped_by_signals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.reason == "SIGINT"
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 from job_folder import make_job_folder
 from ray_head import ROOT, user_environ
 
-STEPS = 22
+STEPS = 45
 
 
 @pytest.mark.long
@@ -22,7 +22,7 @@ def test_f6_f7_nodes_come_and_go(tmp_path, tiny_model, measured):
         tmp_path / "nodes",
         tiny_model,
         steps=STEPS,
-        reward_seconds=0.4,
+        reward_seconds=0.6,
         checkpoint={"every": 2},
         rollouts={"num_workers": 2, "resources": {"roll": 1}},
         learner={"resources": {"learn": 1}},

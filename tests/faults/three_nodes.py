@@ -27,15 +27,20 @@ STEP_SECONDS = 90.0
 
 def main(folder: Path) -> None:
     dashboard = free_port()
-    head = {"num_cpus": 2, "include_dashboard": True, "dashboard_port": dashboard}
+    head = {"num_cpus": 2, "include_dashboard": True, "dashboard_port": dashboard, **own_port()}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
-        both = cluster.add_node(num_cpus=1, resources={"learn": 1, "roll": 1})
-        lone = cluster.add_node(num_cpus=1, resources={"roll": 1})
+        both = cluster.add_node(num_cpus=1, resources={"learn": 1, "roll": 1}, **own_port())
+        lone = cluster.add_node(num_cpus=1, resources={"roll": 1}, **own_port())
         story = Story(cluster, folder, f"http://127.0.0.1:{dashboard}")
         print(json.dumps(story.tell(both, lone)))
     finally:
         cluster.shutdown()
+
+
+def own_port() -> dict[str, int]:
+    """Of a node's agent, which starts jobs: without its port it ends, and the nodes here are one machine."""
+    return {"dashboard_agent_listen_port": free_port()}
 
 
 class Story:
@@ -48,9 +53,10 @@ class Story:
         """What happened when, in seconds. `both` has the learner and a rollout worker, `lone` the other one."""
         began = time.monotonic()
         client = JobSubmissionClient(self.url)
+        # No working_dir: nodes of one machine share the folder it is unpacked to, and each takes it away from the rest.
         job = client.submit_job(
-            entrypoint=f"{sys.executable} -m plait.launch train recipe.yaml run.dir={self.run.parent} --insecure",
-            runtime_env={"working_dir": str(self.folder), "excludes": ["runs"]},
+            entrypoint=f"cd {self.folder} && {sys.executable} -m plait.launch train recipe.yaml "
+            f"run.dir={self.run.parent} --insecure"
         )
 
         def said() -> str:
@@ -75,13 +81,13 @@ class Story:
         found["without_rollout_node"] = self.until_next_step(said)
         found["step_with_one"] = steps_more(STEPS_A_PHASE)
 
-        self.cluster.add_node(num_cpus=1, resources={"roll": 1})
+        self.cluster.add_node(num_cpus=1, resources={"roll": 1}, **own_port())
         back = time.monotonic()
         wait_for(lambda: self.serving() == 2, 120, said)
         found["rejoined"] = time.monotonic() - back
         found["step_with_two_again"] = steps_more(STEPS_A_PHASE)
 
-        self.cluster.add_node(num_cpus=1, resources={"learn": 1, "roll": 1})
+        self.cluster.add_node(num_cpus=1, resources={"learn": 1, "roll": 1}, **own_port())
         self.cluster.remove_node(both)
         found["without_learner_node"] = self.until_next_step(said)
 

@@ -6,6 +6,7 @@ python tests/faults/write_table.py FOLDER docs/reliability.md
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable
 from datetime import date
@@ -38,7 +39,8 @@ def main(folder: str, page: str) -> None:
     path = Path(page)
     before, rest = path.read_text().split(BEGIN)
     after = rest.split(END)[1]
-    when = f"Measured {date.today()} by `make faults` on 2 cores; {versions}."
+    cores = len(os.sched_getaffinity(0))
+    when = f"Measured {date.today()} by `make faults` on {cores} cores; {versions}."
     path.write_text(f"{before}{BEGIN}\n{when}\n\n{table(results)}\n{END}{after}")
     print(f"{path}: {len({r['row'] for r in results})} of {len(FAULTS)} rows measured")
 

@@ -41,6 +41,51 @@ def test_a_token_is_made_once_for_its_owner_alone(token_file):
     assert token_file.read_text() == token
 
 
+def test_an_empty_token_file_gets_a_token(token_file):
+    """Left by a process that was killed while it made one: Ray would wait for a token for ever."""
+    token_file.parent.mkdir()
+    token_file.touch()
+    cluster.ensure_token()
+    assert len(token_file.read_text()) == 64
+    assert token_file.stat().st_mode & 0o777 == 0o600
+    assert [*token_file.parent.iterdir()] == [token_file]
+
+
+def test_one_of_two_runs_makes_the_token(token_file, monkeypatch):
+    link = os.link
+
+    def too_late(draft: str, path: Path) -> None:
+        path.write_text("of the other run")
+        link(draft, path)
+
+    monkeypatch.setattr(os, "link", too_late)
+    cluster.ensure_token()
+    assert token_file.read_text() == "of the other run"
+    assert [*token_file.parent.iterdir()] == [token_file]
+
+
+def test_an_address_that_a_run_cannot_join_is_named(monkeypatch):
+    import ray
+
+    for name in ("PYTHONPATH", "RAY_OVERRIDE_JOB_RUNTIME_ENV"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # given back at the end
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    with (
+        pytest.raises(ClusterError, match=r"http://head:8265: .*`plait submit`"),
+        cluster.ray_cluster(),
+    ):
+        pass
+
+    def refused(**_: object) -> None:
+        raise ConnectionError("Failed to connect to Ray cluster at head:6379")
+
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    monkeypatch.setattr(ray, "init", refused)
+    with pytest.raises(ClusterError, match="head:6379: Failed to connect"), cluster.ray_cluster():
+        pass
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("RAY_AUTH_TOKEN", "given"), ("RAY_AUTH_MODE", "disabled")]
 )

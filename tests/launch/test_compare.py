@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from plait.engine.config import LoopConfig
-from plait.engine.errors import ConfigError, LearnerError
+from plait.engine.errors import ConfigError, LearnerError, Stopped
 from plait.engine.loop import end_reason
 from plait.engine.run_state import RunState
 from plait.launch import compare
@@ -278,6 +278,18 @@ def test_an_interrupted_run_continues_from_its_checkpoint_or_starts_over(
     assert compare.run_one(entry, workers, keep_models=False).summary == {"steps": 5}
     assert len(calls) == 1, "a finished run is not trained again"
     assert workers.closed == 0
+
+
+def test_who_stops_a_comparison_stops_all_of_it(tmp_path, monkeypatch):
+    (entry,) = plan(tmp_path, "grpo")
+
+    def train(recipe, **options):
+        raise Stopped("SIGTERM: stopped after step 1")
+
+    monkeypatch.setattr(compare, "train", train)
+    workers: Any = Workers()
+    with pytest.raises(Stopped):
+        compare.run_one(entry, workers, keep_models=False)
 
 
 def test_a_failed_run_is_an_outcome_and_its_rollout_workers_are_not_used_again(

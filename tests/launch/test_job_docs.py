@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import jsonschema
@@ -86,6 +87,40 @@ def test_the_kuberay_job():
         assert mounted == {volume["name"] for volume in inner["volumes"]}
     groups = cluster["workerGroupSpecs"]
     assert all(g["minReplicas"] <= g["replicas"] <= g["maxReplicas"] for g in groups)
+
+
+def test_the_slurm_script_ends_where_ray_does_not_start(tmp_path):
+    """Slurm, srun and plait are programs that note their call; the head's step ends at once."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, text in {
+        "scontrol": "echo node-1",
+        "srun": 'case "$*" in *hostname*) echo 10.0.0.1;; *) echo no room >&2; exit 1;; esac',
+        "ray": "exit 1",
+        "plait": "touch trained",
+    }.items():
+        (tools / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tools / name).chmod(0o755)
+    (tools / "activate").touch()
+    done = subprocess.run(
+        ["bash", str(CLUSTERS / "slurm.sh"), "recipe.yaml"],
+        env={
+            "PATH": f"{tools}:{Path(sys.executable).parent}:/usr/bin:/bin",
+            "PLAIT_VENV": str(tmp_path),
+            "SLURM_SUBMIT_DIR": str(tmp_path),
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NODELIST": "node-1",
+            "SLURM_NNODES": "1",
+        },
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == errors.ClusterError.exit_code, done.stderr
+    assert "no Ray head at 10.0.0.1:20007" in done.stderr
+    assert not (tmp_path / "trained").exists()
+    assert not list(tmp_path.glob(".ray-token-*"))
 
 
 def test_the_slurm_script():

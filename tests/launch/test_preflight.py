@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import ray
+import ray.exceptions
 
 from end_to_end.command_line import tiny_recipe
-from plait.engine.errors import ConfigError
+from plait.engine.errors import ClusterError, ConfigError
 from plait.launch import preflight
 from plait.launch.config import Recipe, validate
+from plait.launch.run import check_inputs
 
 VERSIONS = {"plait": "1", "torch": "2"}
 
@@ -54,9 +56,11 @@ class Probe:
 
 
 def table(recipe: Recipe, *probes: Probe, monkeypatch) -> dict[str, preflight.Check]:
-    monkeypatch.setattr(ray, "get", lambda calls, timeout: calls)
+    monkeypatch.setattr(ray, "get", lambda call, timeout: call)
     recipe.folder.mkdir(parents=True, exist_ok=True)
-    checks = preflight.judge(recipe, probes, recipe.folder, f".preflight-{time.monotonic_ns()}")
+    addresses = [probe.answer.address for probe in probes]
+    word = f".preflight-{time.monotonic_ns()}"
+    checks = preflight.judge(recipe, addresses, probes, recipe.folder, word)
     return {check.name: check for check in checks}
 
 
@@ -108,6 +112,18 @@ def test_a_node_behind_a_firewall(recipe, monkeypatch):
     assert checks["ports"].problem == "node a: cannot connect to b (timed out)"
 
 
+def test_a_node_that_gives_no_answer_is_named(monkeypatch):
+    def get(call: str, timeout: float) -> str:
+        if call == "never":
+            raise ray.exceptions.GetTimeoutError("Get timed out")
+        return call
+
+    monkeypatch.setattr(ray, "get", get)
+    assert preflight.answers(["a", "b"], ["x", "y"]) == ["x", "y"]
+    with pytest.raises(ClusterError, match="node b did not finish the preflight within 180 s: Get"):
+        preflight.answers(["a", "b"], ["x", "never"])
+
+
 def test_a_real_probe(tmp_path, tiny_model, monkeypatch):
     monkeypatch.setattr(preflight, "IMPORTS", ("json", "no_such_module"))
     probe = preflight.NodeProbe("127.0.0.1")
@@ -142,6 +158,10 @@ def test_gpus_must_fit_piece_by_piece(recipe, monkeypatch, tiny_model, tmp_path)
     nodes(5)
     assert preflight.check_supply(wanted).problem
     assert not preflight.check_supply(recipe).problem, "a CPU recipe needs no GPU"
+    nodes(0)
+    placed = preflight.check_supply(make(tiny_model, tmp_path, learner={"resources": {"here": 1}}))
+    assert "the recipe needs here 1" in placed.problem
+    assert placed.found == "the nodes have: no GPU"
 
 
 @pytest.mark.parametrize(
@@ -159,11 +179,12 @@ def test_a_reward_that_is_slow_or_untrue_is_refused(recipe, tmp_path, tiny_model
     name = f"checked_{abs(hash(code))}"
     (tmp_path / f"{name}.py").write_text(f"def grade(prompt, completion):\n    {code}\n")
     reward = {"function": f"{name}:grade", "timeout_seconds": 1.0, "gold_samples": 2}
-    check = preflight.check_reward(make(tiny_model, tmp_path, reward=reward))
+    inputs = check_inputs(make(tiny_model, tmp_path, reward=reward))
+    check = preflight.check_reward(inputs)
     assert said in check.problem
     assert bool(check.problem) == bool(said)
 
 
 def test_a_reward_that_cannot_be_imported(recipe, tiny_model, tmp_path):
     with pytest.raises(ConfigError, match=r"reward\.function"):
-        preflight.check_reward(make(tiny_model, tmp_path, reward="nowhere:grade"))
+        preflight.preflight(make(tiny_model, tmp_path, reward="nowhere:grade"))

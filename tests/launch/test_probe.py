@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from plait.engine.errors import ConfigError, DataError
+from plait.engine.errors import ConfigError, DataError, RunInUse
 from plait.engine.evaluation import pass_at_k
 from plait.engine.types import Rollout, RolloutRequest
 from plait.launch import probe as module
@@ -20,6 +20,7 @@ from plait.launch.config import Recipe, load_recipe
 from plait.launch.probe import RATES, Probing, probe
 from plait.launch.probe_report import ProbeReport, failure_chance, signal_chance
 from plait.launch.run import check_inputs, load_prompts
+from plait.launch.run_lock import lock_run
 from plait.rollouts.probe_table import Rate, read_rates
 
 ROWS, HELD_OUT = 80, 4
@@ -146,6 +147,13 @@ def test_a_killed_probe_repeats_and_loses_nothing(recipe, monkeypatch, tmp_path)
     assert (tmp_path / "out" / RATES).read_bytes() == (tmp_path / "whole" / RATES).read_bytes()
     assert len(second.asked) == len(whole.asked) - 32 * 4
     assert len(whole.asked) == len(set(whole.asked))
+
+
+def test_two_probes_of_one_folder_do_not_ask_twice(recipe, monkeypatch, tmp_path) -> None:
+    model = use(monkeypatch, FakeModel())
+    with lock_run(tmp_path / "out"), pytest.raises(RunInUse, match="in use by process"):
+        probe(recipe, FOUR, tmp_path / "out", quiet)
+    assert not model.asked
 
 
 def test_other_settings_need_another_folder(recipe, monkeypatch, tmp_path) -> None:

@@ -28,7 +28,16 @@ def with_option(key: str, value: object) -> dict:
 
 @pytest.mark.parametrize(
     "key",
-    ["api_key", "openai_api_key", "apiKey", "password", "hf_token", "auth_token", "client_secret"],
+    [
+        "api_key",
+        "openai_api_key",
+        "apiKey",
+        "password",
+        "token",
+        "hf_token",
+        "auth_token",
+        "client_secret",
+    ],
 )
 def test_a_secret_is_refused_and_not_repeated(key):
     with pytest.raises(ConfigError) as caught:
@@ -43,6 +52,12 @@ def test_a_url_with_a_password_is_refused():
         validate(with_option("base_url", f"https://me:{CANARY}@host/v1"))
     assert "reward.options.base_url" in str(caught.value)
     assert CANARY not in str(caught.value)
+
+
+def test_a_password_of_digits_is_one():
+    with pytest.raises(ConfigError) as caught:
+        validate(with_option("password", 77123456))
+    assert "77123456" not in str(caught.value)
 
 
 def test_names_and_numbers_are_no_secrets():

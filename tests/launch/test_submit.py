@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import aiohttp
 import pytest
+import requests
 from ray.job_submission import JobStatus
+from typer.testing import CliRunner
 
 from plait.engine.errors import ClusterError, ConfigError, RunInUse
 from plait.launch import submit as jobs
-from plait.launch.config import validate
+from plait.launch.cli import app
+from plait.launch.config import load_recipe, validate
 
 RECIPE = {
     "run": {"name": "sums"},
@@ -30,8 +36,19 @@ def submission(folder: Path, **values: Any) -> jobs.Submission:
 def test_the_command_names_the_run_folder_on_every_node(tmp_path):
     command = submission(tmp_path).command("train")
     assert command.startswith("python -m plait.launch train 'a recipe.yaml' loop.steps=1 ")
-    assert f"run.dir={tmp_path / 'runs'} run.name=sums" in command
+    assert f'run.dir="{tmp_path / "runs"}"' in shlex.split(command)
     assert submission(tmp_path, insecure=True).command("train").endswith("--insecure")
+
+
+@pytest.mark.parametrize("name", ["sums", "2026", "on"])
+def test_the_jobs_recipe_is_the_one_that_was_submitted(tmp_path, monkeypatch, name):
+    """Also where YAML would read the run's name as a number or a truth."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / f"{name}.yaml").write_text(json.dumps({**RECIPE, "run": {}}))
+    recipe = load_recipe(f"{name}.yaml")
+    command = jobs.Submission(recipe, f"{name}.yaml").command("train")
+    overrides = shlex.split(command)[5:]
+    assert load_recipe(f"{name}.yaml", overrides).folder == tmp_path / "runs" / name
 
 
 def test_a_checkout_runs_its_own_code(tmp_path):
@@ -43,7 +60,7 @@ def test_what_goes_along(tmp_path):
     """The folder without runs; the grace period; nothing of this machine's environment."""
     env = submission(tmp_path, grace_seconds=90).runtime_env()
     assert env["working_dir"] == str(tmp_path)
-    assert "runs" in env["excludes"]
+    assert "/runs" in env["excludes"]
     assert env["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "90"}
 
 
@@ -88,6 +105,49 @@ class Server:
         return self.listed
 
 
+class Gone:
+    """A server whose head has died: what requests, aiohttp and Ray raise then."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def list_jobs(self) -> list[Any]:
+        raise self.error
+
+    async def tail_job_logs(self, job: str) -> Any:
+        yield "step 1\n"
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        requests.exceptions.ConnectionError("Connection refused"),
+        aiohttp.ServerDisconnectedError(),
+        RuntimeError("WebSocket connection closed unexpectedly with close code 1006"),
+    ],
+)
+def test_a_lost_server_is_the_clusters_failure(tmp_path, error, capsys):
+    with pytest.raises(ClusterError, match=r"followed.*`plait status`"):
+        jobs.follow(cast(Any, Gone(error)), "j")
+    assert "step 1" in capsys.readouterr().out
+    with pytest.raises(ClusterError, match="does not list"):
+        jobs.refuse_second(cast(Any, Gone(error)), tmp_path)
+
+
+def test_status_of_a_job_whose_run_is_not_there_yet(tmp_path, monkeypatch):
+    server = Server(("new", tmp_path / "sums", JobStatus.PENDING, 0))
+    server.listed[0].start_time = None
+    monkeypatch.setattr(jobs, "connect", lambda address: server)
+    said = CliRunner().invoke(app, ["status", "sums"]).output
+    assert said.startswith("new  PENDING  not begun  ")
+    assert "holds no run yet" in said
+    found = json.loads(CliRunner().invoke(app, ["status", "sums", "--json"]).output)
+    one = {"job": "new", "status": "PENDING", "folder": str(tmp_path / "sums")}
+    assert found == {"job": one}
+    assert json.loads(CliRunner().invoke(app, ["status", "--json"]).output) == [one]
+
+
 def test_jobs_are_found_by_name_folder_and_id(tmp_path):
     old = ("old", tmp_path / "sums", JobStatus.FAILED, 1)
     new = ("new", tmp_path / "sums", JobStatus.RUNNING, 2)
@@ -111,5 +171,8 @@ def test_a_second_job_of_a_run_is_refused(tmp_path):
 
 def test_no_server(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(ClusterError, match=r"no Ray job server at http://127\.0\.0\.1:9"):
-        jobs.connect("http://127.0.0.1:9")
+    monkeypatch.setenv(jobs.SERVER, "http://127.0.0.1:7")
+    for address in (None, "http://127.0.0.1:9"):  # given by hand: before the environment
+        place = address or "http://127.0.0.1:7"
+        with pytest.raises(ClusterError, match=f"no Ray job server at {place}: .*{place}"):
+            jobs.connect(address)

@@ -100,6 +100,14 @@ def test_only_verified_finished_answers_are_kept(recipe, monkeypatch, tmp_path) 
     )
 
 
+def test_an_endpoint_with_a_password_is_not_written_down(recipe, tmp_path) -> None:
+    teaching = Teaching("t", endpoint="https://me:sk-canary-3@host/v1")
+    with pytest.raises(ConfigError, match=r"--endpoint: .*api_key_env") as caught:
+        teach(recipe, teaching, tmp_path / "out", quiet)
+    assert "canary" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_hint_solves_what_was_unsolved(recipe, monkeypatch, tmp_path) -> None:
     teacher = use(monkeypatch, FakeTeacher())
     totals = teach(recipe, Teaching("t", hint_fraction=0.5), tmp_path / "out", quiet)

@@ -209,6 +209,36 @@ def test_two_calls_at_once(make_scorer: MakeScorer) -> None:
     assert results == {size: (float(size),) * 50 for size in (1, 2, 3)}
 
 
+def test_a_sample_that_only_went_well_once_keeps_no_replacement_from_work(
+    make_scorer: MakeScorer, tmp_path: Path
+) -> None:
+    """Replacements begin with a sample that was graded well; this one ends whoever grades it again."""
+    code = f"""
+        import os, pathlib, sys
+
+        mark = pathlib.Path({str(tmp_path / "mark")!r})
+
+        def reward(prompt, completion):
+            if completion == "die":
+                os._exit(3)
+            if completion == "once" and mark.exists():
+                sys.exit()
+            mark.touch()
+            return 1.0
+    """
+    scorer = make_scorer("user_rewards:reward", code, num_workers=1)
+    found: list[float | None] = []
+
+    def score() -> None:
+        for text in ("once", "die", "fine"):
+            found.append(score_texts(scorer, [text])[0].reward)
+
+    thread = threading.Thread(target=score, daemon=True)
+    thread.start()
+    thread.join(20.0)
+    assert found == [1.0, None, 1.0]
+
+
 def test_a_process_that_died_while_idle_costs_nothing(make_scorer: MakeScorer) -> None:
     scorer = make_scorer("user_rewards:reward", LENGTH)
     scorer.wait_ready()
