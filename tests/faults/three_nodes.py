@@ -38,7 +38,7 @@ def main(folder: Path) -> None:
         cluster.shutdown()
 
 
-def own_port() -> dict[str, int]:
+def own_port() -> dict[str, Any]:
     """Of a node's agent, which starts jobs: without its port it ends, and the nodes here are one machine."""
     return {"dashboard_agent_listen_port": free_port()}
 
