@@ -138,7 +138,7 @@ def keep_private() -> None:
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     # Ray would kill a lost worker's whole group, with the tracker that unlinks its shared memory; the guard does not.
     os.environ.setdefault("RAY_process_group_cleanup_enabled", "0")
-    # Its head would remember the last 100,000 calls, for a dashboard that is not there: 0.04 MB a step.
+    # Its head would remember the last 100,000 calls, for a dashboard that is not there.
     os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
     ensure_token()
 

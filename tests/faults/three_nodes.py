@@ -53,7 +53,7 @@ class Story:
         """What happened when, in seconds. `both` has the learner and a rollout worker, `lone` the other one."""
         began = time.monotonic()
         client = JobSubmissionClient(self.url)
-        # No working_dir: nodes of one machine share the folder it is unpacked to, and each takes it away from the rest.
+        # No working_dir: with three nodes on one machine, the folder it is unpacked to went away under the driver.
         job = client.submit_job(
             entrypoint=f"cd {self.folder} && {sys.executable} -m plait.launch train recipe.yaml "
             f"run.dir={self.run.parent} --insecure"
