@@ -140,6 +140,9 @@ class _Process:
     beat: Any = None
     beat_sent: float = 0.0
     heard: float = 0.0
+    idle_beat: Any = None
+    lost: str = ""
+    """How it died while nobody called it."""
 
 
 class RayRanks:
@@ -217,7 +220,7 @@ class RayRanks:
         for rank, process in enumerate(self._ranks):
             activity = process.activity  # the thread that calls the ranks clears it at any time
             if activity is None:
-                rows.append({"rank": rank, "method": ""})
+                rows.append({"rank": rank, "method": "", "lost": idle_loss(process)})
             else:
                 said = asdict(activity)
                 said["seconds"] = round(said["seconds"], 1)
@@ -389,6 +392,22 @@ class RayRanks:
             f"{self._config.timeout_seconds:g} ({told})",
             stuck=True,
         )
+
+
+def idle_loss(process: _Process) -> str:
+    """How a rank died that nobody calls now, as far as it is known: each question is answered by the next."""
+    import ray
+    from ray.exceptions import RayActorError
+
+    if process.idle_beat is not None and is_ready(process.idle_beat):
+        try:
+            ray.get(process.idle_beat)
+        except RayActorError as error:
+            process.lost = how_it_died(error)
+        process.idle_beat = None
+    if process.idle_beat is None and not process.lost:
+        process.idle_beat = process.actor.activity.options(concurrency_group=_WATCH).remote()
+    return process.lost
 
 
 def is_out_of_memory(error: BaseException) -> bool:

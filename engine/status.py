@@ -54,6 +54,7 @@ class StatusFile:
         self._limit, self._stalled = stall_seconds, stalled
         self._moved, self._last = time.monotonic(), ""
         self._out_of_date = False
+        self._told: set[str] = set()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="plait-status", daemon=True)
         self._thread.start()
@@ -67,6 +68,7 @@ class StatusFile:
         while not self._closed.wait(_SECONDS):
             now = self.now()
             self._write(now)
+            self._tell_losses(now["learner_ranks"])
             moving = json.dumps(without_times(now))
             if moving != self._last:
                 self._moved, self._last = time.monotonic(), moving
@@ -76,6 +78,18 @@ class StatusFile:
                     f"step {now['step']}, {now['phase']}, waits for {now['waits_for']}"
                 )
                 return
+
+    def _tell_losses(self, ranks: Rows) -> None:
+        """Of ranks that nobody calls: their next call, which starts them again, may be far off."""
+        for row in ranks:
+            if not (lost := row.get("lost")):
+                continue
+            line = (
+                f"learner rank {row['rank']} died: {lost}; all ranks start again at their next call"
+            )
+            if line not in self._told:
+                self._told.add(line)
+                self._log.console.say(line)
 
     def now(self) -> dict[str, Any]:
         at = self._log.at

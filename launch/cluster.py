@@ -136,6 +136,10 @@ def keep_private() -> None:
     """The cluster that this process starts next listens on 127.0.0.1, and its token is its owner's alone."""
     # Read when ray is imported: false makes it take the loopback interface for the node's address.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    # Ray would kill a lost worker's whole group, with the tracker that unlinks its shared memory; the guard does not.
+    os.environ.setdefault("RAY_process_group_cleanup_enabled", "0")
+    # Its head would remember the last 100,000 calls, for a dashboard that is not there.
+    os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
     ensure_token()
 
 

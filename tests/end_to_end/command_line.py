@@ -11,6 +11,16 @@ from pathlib import Path
 import yaml
 
 
+def write_parity(folder: Path, seconds: float = 0.0) -> None:
+    """`parity:grade`, which a random model sometimes earns, so that groups have a signal; a call takes `seconds`."""
+    (folder / "parity.py").write_text(
+        "import time\n\nfrom plait.engine.types import Score\n\n"
+        "def grade(prompt, completion):\n"
+        f"    time.sleep({seconds})\n"
+        "    return Score.ok(len(completion) % 2, answer=completion)\n"
+    )
+
+
 def no_verifier(function: str) -> dict:
     """A reward whose numbers say nothing of answers, so it has no gold test to pass."""
     return {"function": function, "gold_samples": 0}

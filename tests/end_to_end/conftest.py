@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from end_to_end.command_line import write_parity
+
 
 @pytest.fixture(scope="module")
 def work_folder(tmp_path_factory, tiny_model) -> Path:
@@ -17,10 +19,5 @@ def work_folder(tmp_path_factory, tiny_model) -> Path:
         for j in range(5)
     ]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    # A random model never adds up; a reward that it sometimes earns makes groups with a signal.
-    (folder / "parity.py").write_text(
-        "from plait.engine.types import Score\n\n"
-        "def grade(prompt, completion):\n"
-        "    return Score.ok(len(completion) % 2, answer=completion)\n"
-    )
+    write_parity(folder)
     return folder

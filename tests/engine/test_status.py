@@ -94,6 +94,15 @@ def test_a_full_disk_is_told_once(tmp_path) -> None:
     assert "status.json is out of date" in console.said[0]
 
 
+def test_a_rank_that_dies_unasked_is_told_once(tmp_path) -> None:
+    console = Listener()
+    dead = {"rank": 1, "method": "", "lost": "killed"}
+    status = StatusFile(RunLog(tmp_path, cast(Any, console)), Role(), Role(dead), 60.0)
+    time.sleep(2.5)
+    status.close()
+    assert console.said == ["learner rank 1 died: killed; all ranks start again at their next call"]
+
+
 def test_a_run_that_is_stuck_says_so_once_and_one_that_moves_does_not(tmp_path) -> None:
     log, told, stuck = RunLog(tmp_path, cast(Any, Quiet())), [], threading.Event()
 

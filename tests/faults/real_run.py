@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from end_to_end.command_line import plait_command, read_lines, write_recipe
+from end_to_end.command_line import plait_command, read_lines, write_parity, write_recipe
 from plait.engine import guard
 from plait.engine.processes import is_alive
 
@@ -47,12 +47,7 @@ class RealRun:
             for j in range(8)
         ]
         (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (folder / "parity.py").write_text(
-            "import time\n\nfrom plait.engine.types import Score\n\n"
-            "def grade(prompt, completion):\n"
-            f"    time.sleep({grade_seconds})\n"
-            "    return Score.ok(len(completion) % 2, answer=completion)\n"
-        )
+        write_parity(folder, grade_seconds)
         write_recipe(
             folder, "recipe.yaml", {**recipe, "run": {**recipe.get("run", {}), "name": "r"}}
         )

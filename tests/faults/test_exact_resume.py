@@ -22,7 +22,14 @@ from in_process_run import (
     strike,
 )
 
-from end_to_end.command_line import no_verifier, plait, plait_command, tiny_recipe, write_recipe
+from end_to_end.command_line import (
+    no_verifier,
+    plait,
+    plait_command,
+    tiny_recipe,
+    write_parity,
+    write_recipe,
+)
 from end_to_end.test_every_algorithm import CONFIGS
 from plait.algorithms import ALGORITHMS
 from plait.engine import loop
@@ -65,11 +72,7 @@ def folder(tmp_path_factory) -> Path:
         for j in range(4)
     ]
     (folder / "solutions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "parity.py").write_text(
-        "from plait.engine.types import Score\n\n"
-        "def grade(prompt, completion):\n"
-        "    return Score.ok(len(completion) % 2, answer=completion)\n"
-    )
+    write_parity(folder)
     return folder
 
 

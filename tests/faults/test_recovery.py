@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from in_process_run import Dice, believe, everything, parts_of, play, sections
 
-from end_to_end.command_line import no_verifier, tiny_recipe, write_recipe
+from end_to_end.command_line import no_verifier, tiny_recipe, write_parity, write_recipe
 from end_to_end.test_every_algorithm import CONFIGS
 from plait.algorithms import ALGORITHMS
 from plait.engine import loop
@@ -67,11 +67,7 @@ def make(tiny_model, tmp_path, monkeypatch):
         for i in range(16)
     ]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "parity.py").write_text(
-        "from plait.engine.types import Score\n\n"
-        "def grade(prompt, completion):\n"
-        "    return Score.ok(len(completion) % 2, answer=completion)\n"
-    )
+    write_parity(tmp_path)
 
     def build(name: str, algorithm: str = "grpo") -> Any:
         recipe = tiny_recipe(

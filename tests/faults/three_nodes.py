@@ -38,7 +38,7 @@ def main(folder: Path) -> None:
         cluster.shutdown()
 
 
-def own_port() -> dict[str, int]:
+def own_port() -> dict[str, Any]:
     """Of a node's agent, which starts jobs: without its port it ends, and the nodes here are one machine."""
     return {"dashboard_agent_listen_port": free_port()}
 
@@ -53,7 +53,7 @@ class Story:
         """What happened when, in seconds. `both` has the learner and a rollout worker, `lone` the other one."""
         began = time.monotonic()
         client = JobSubmissionClient(self.url)
-        # No working_dir: nodes of one machine share the folder it is unpacked to, and each takes it away from the rest.
+        # No working_dir: with three nodes on one machine, the folder it is unpacked to went away under the driver.
         job = client.submit_job(
             entrypoint=f"cd {self.folder} && {sys.executable} -m plait.launch train recipe.yaml "
             f"run.dir={self.run.parent} --insecure"

@@ -29,7 +29,8 @@ def table(results: Iterable[dict[str, str]]) -> str:
     for name, fault in FAULTS.items():
         figures = [f for figures in found.get(name, {}).values() for f in sorted(set(figures))]
         cells = [name, fault.injected, fault.expected, fault.figure]
-        lines.append(" | ".join(["|", *cells, "; ".join(figures) or "not measured", "|"]).strip())
+        cells.append("; ".join(figures) or "not measured")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
