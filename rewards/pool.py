@@ -195,7 +195,7 @@ class ProcessPool:
                 if len(sent) > 1 and process.running_seconds() > _SLOW_SECONDS:
                     self._requeue(sent, process.take_back())
             except Lost as lost:
-                self._give_up(sent, process.take_back(), lost.reason)
+                self._give_up(sent, process.take_back(), lost)
                 return
 
     def _supply(
@@ -242,21 +242,22 @@ class ProcessPool:
             return False
         return True
 
-    def _give_up(self, sent: dict[int, Job], untouched: Sequence[int], reason: str) -> None:
+    def _give_up(self, sent: dict[int, Job], untouched: Sequence[int], lost: Lost) -> None:
         """The process is lost with what it was grading; what it had not begun with goes to another one."""
         self._requeue(sent, untouched[1:] if len(untouched) == len(sent) else untouched)
         for message_id, job in sent.items():
             # One that was not begun, or not the first in doubt, is not the culprit: the sample before it may be.
             begun_first = message_id == min(sent) and message_id not in untouched
-            if begun_first or not self._retry(job):
-                job.done(Score.unknown(reason))
+            is_culprit = begun_first and not lost.from_outside
+            if is_culprit or not self._retry(job):
+                job.done(Score.unknown(lost.reason))
 
     def _requeue(self, sent: dict[int, Job], ids: Iterable[int]) -> None:
         for message_id in list(ids):
             self._jobs.put(sent.pop(message_id))
 
     def _retry(self, job: Job) -> bool:
-        """Once, give the job to another process: the sample before it may have left this one broken."""
+        """Once, give the job to another process: what this one ended of may not have been the job's doing."""
         if job.attempts:
             return False
         self._jobs.put(replace(job, attempts=1))

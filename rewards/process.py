@@ -59,9 +59,11 @@ logger = logging.getLogger(__name__)
 class Lost(Exception):
     """The process died, or has to."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, *, from_outside: bool = False) -> None:
         super().__init__(reason)
         self.reason = reason
+        self.from_outside = from_outside
+        """Somebody, or the kernel, may have ended it whatever it was grading."""
 
 
 class Cancelled(Exception):
@@ -358,7 +360,8 @@ class ScoringProcess:
         if code >= 0:
             return Lost(f"the process ended with exit code {code}{said}")
         hint = " (the kernel does this when memory runs out)" if code == -signal.SIGKILL else ""
-        return Lost(f"the process was killed by {signal.Signals(-code).name}{hint}{said}")
+        reason = f"the process was killed by {signal.Signals(-code).name}{hint}{said}"
+        return Lost(reason, from_outside=code == -signal.SIGKILL)
 
     def _close_pipes(self) -> None:
         for fd in (

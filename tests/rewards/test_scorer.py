@@ -288,6 +288,27 @@ def test_a_users_script_and_its_rewards_module(tmp_path: Path) -> None:
     assert (done.stdout, done.stderr, done.returncode) == ("(0.25, 0.25)\n", "", 0)
 
 
+def test_a_sample_whose_process_was_killed_is_graded_by_another_one(
+    make_scorer: MakeScorer, tmp_path: Path
+) -> None:
+    """Once: who is killed again may be killed for what it does."""
+    code = f"""
+        import os, pathlib
+        def reward(prompt, completion):
+            with pathlib.Path({str(tmp_path)!r}, completion).open("a") as file:
+                file.write("begun ")
+            begun = pathlib.Path({str(tmp_path)!r}, completion).read_text().split()
+            if completion == "always" or len(begun) == 1:
+                os.kill(os.getpid(), 9)
+            return 1.0
+    """
+    once, always = score_texts(make_scorer("user_rewards:reward", code), ["once", "always"])
+    assert once == Score.ok(1.0)
+    assert always.reward is None
+    assert "killed by SIGKILL" in always.reason
+    assert (tmp_path / "always").read_text().split() == ["begun"] * 2
+
+
 def test_no_process_survives_a_killed_driver(tmp_path: Path) -> None:
     (tmp_path / "rewards.py").write_text(
         "import os, subprocess, sys, time\n"
