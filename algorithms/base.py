@@ -270,6 +270,11 @@ class AlgorithmBase(ABC):
         """Rows that this step draws from the expert stream; most methods take none."""
         return 0
 
+    @property
+    def plans_ahead(self) -> bool:
+        """A method with a plan of its own says for itself what the plan depends on."""
+        return type(self).plan is AlgorithmBase.plan
+
     def request(self, prompt: Prompt) -> RolloutRequest:
         """A whole group of plain rollouts."""
         return RolloutRequest(prompt, self.config.rollouts_per_prompt, self.setup.sampling)

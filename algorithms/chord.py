@@ -72,6 +72,8 @@ class Chord(AlgorithmBase):
     def expert_rows(self, step: int) -> int:
         return self.config.expert_rows_per_step
 
+    plans_ahead = True
+
     def plan(self, prompts: Sequence[Prompt], experts: Sequence[Prompt], step: int) -> StepPlan:
         """Where mu is 0 the expert rows would have no effect, so they are left out."""
         plan = super().plan(prompts, experts, step)

@@ -118,6 +118,8 @@ class DemonstratedGroups(AlgorithmBase):
     def needs(self) -> Mapping[str, frozenset[Need]]:
         return {"main": surrogate_needs(self.config) | SCORED_DEMONSTRATIONS}
 
+    plans_ahead = True
+
     def plan(self, prompts: Sequence[Prompt], experts: Sequence[Prompt], step: int) -> StepPlan:
         return super().plan(prompts, [prompt for prompt in prompts if demonstrated(prompt)], step)
 

@@ -179,15 +179,10 @@ class PrefixRft(AlgorithmBase):
     def coefs(self, step: int) -> dict[str, float]:
         return {"prefix_ratio_low": prefix_ratio_low(step, self.config)}
 
+    plans_ahead = True
+
     def plan(self, prompts: Sequence[Prompt], experts: Sequence[Prompt], step: int) -> StepPlan:
-        requests = [request for prompt in prompts for request in self.requests(prompt, step)]
-        forced = {r.prompt.prompt_id for r in requests if r.prefix}
-        self._too_short = {
-            p.prompt_id: "too_short"
-            for p in prompts
-            if p.demonstrations and p.prompt_id not in forced
-        }
-        return StepPlan(tuple(requests))
+        return StepPlan(tuple(r for prompt in prompts for r in self.requests(prompt, step)))
 
     def requests(self, prompt: Prompt, step: int) -> list[RolloutRequest]:
         """Plain rollouts, then one request a prefixed one; only plain ones where there is nothing to force."""
@@ -210,6 +205,9 @@ class PrefixRft(AlgorithmBase):
     def assemble(
         self, plan: StepPlan, groups: Sequence[RolloutGroup], step: int
     ) -> Sequence[Update]:
+        forced = {r.prompt.prompt_id for r in plan.requests if r.prefix}
+        demonstrated = {r.prompt.prompt_id for r in plan.requests if r.prompt.demonstrations}
+        self._too_short = dict.fromkeys(sorted(demonstrated - forced), "too_short")
         updates = super().assemble(plan, groups, step)
         self._seen = prefix_metrics([row for update in updates for row in update.samples])
         return updates

@@ -19,6 +19,8 @@ class ReachFields(AlgorithmConfig):
 class ReachGate(AlgorithmBase):
     """Its plans' experts are the prompts that are not rolled out; `assemble` treats them as failed."""
 
+    plans_ahead = True
+
     def plan(self, prompts: Sequence[Prompt], experts: Sequence[Prompt], step: int) -> StepPlan:
         skipped = [prompt for prompt in prompts if self.is_skipped(prompt, step)]
         names = {prompt.prompt_id for prompt in skipped}

@@ -76,6 +76,8 @@ class Regft(Sft):
         self._seen: dict[str, float] = {}
         self._ledger = ExpertLedger()
 
+    plans_ahead = True
+
     def plan(self, prompts: Sequence[Prompt], experts: Sequence[Prompt], step: int) -> StepPlan:
         return AlgorithmBase.plan(self, prompts, (), step)
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from math import cos, floor, pi
 from statistics import fmean
 from typing import Literal
@@ -32,6 +33,7 @@ from ..engine.types import (
     LossOutput,
     PolicyOutput,
     Prompt,
+    RolloutGroup,
     RolloutRequest,
     Source,
     StepPlan,
@@ -106,12 +108,23 @@ def uft_loss(
     return hybrid_loss(out, batch, coefs, config, expert_weight=config.expert_coef)
 
 
+def pieces_to_show(prompt: Prompt) -> Sequence[int]:
+    """Tokens of each piece of its solution but the last, which holds the answer."""
+    return prompt.demonstrations[0].piece_lengths[:-1] if prompt.demonstrations else ()
+
+
+def share_shown(request: RolloutRequest) -> float:
+    """Of the pieces that may be shown; 0 where there is none."""
+    ends = list(accumulate(pieces_to_show(request.prompt)))
+    return sum(end <= len(request.prefix) for end in ends) / len(ends) if ends else 0.0
+
+
 class Uft(AlgorithmBase):
     Config = UftConfig
 
     def __init__(self, config: UftConfig, setup: Setup) -> None:
         super().__init__(config, setup)
-        self._shares: list[float] = []  # of pieces shown, by prompt of the last plan
+        self._shares: list[float] = []  # of pieces shown, by prompt of the step
         self._too_short: dict[str, str] = {}  # prompts whose solution has no piece to show
 
     @property
@@ -129,28 +142,32 @@ class Uft(AlgorithmBase):
     def coefs(self, step: int) -> dict[str, float]:
         return {"hint_probability": hint_probability(step, self.config), **super().coefs(step)}
 
+    plans_ahead = True
+
     def plan(self, prompts: Sequence[Prompt], experts: Sequence[Prompt], step: int) -> StepPlan:
-        self._shares, self._too_short = [], {}
         return StepPlan(tuple(self.hinted_request(prompt, step) for prompt in prompts))
 
     def hinted_request(self, prompt: Prompt, step: int) -> RolloutRequest:
         """A whole group that starts with this step's hint; a prompt without solution gets none."""
         n, sampling = self.config.rollouts_per_prompt, self.setup.sampling
         if not prompt.demonstrations:
-            self._shares.append(0.0)
             return RolloutRequest(prompt, n, sampling)
-        demonstration = prompt.demonstrations[0]
-        pieces = demonstration.piece_lengths[:-1]  # the last one holds the answer
+        demonstration, pieces = prompt.demonstrations[0], pieces_to_show(prompt)
         draws = uniforms(self.config.hint_buckets, self.setup.seed, "uft", step, prompt.prompt_id)
         hint = choose_hint(step, pieces, draws, self.config)
         shown, length = hint.pieces_shown, hint.prefix_len
         while length >= sampling.max_tokens:
             shown -= 1
             length -= pieces[shown]
-        self._shares.append(shown / len(pieces) if pieces else 0.0)
-        if not pieces:
-            self._too_short[prompt.prompt_id] = "too_short"
         return RolloutRequest(prompt, n, sampling, prefix=demonstration.token_ids[:length])
+
+    def assemble(
+        self, plan: StepPlan, groups: Sequence[RolloutGroup], step: int
+    ) -> Sequence[Update]:
+        self._shares = [share_shown(request) for request in plan.requests]
+        demonstrated = (r.prompt for r in plan.requests if r.prompt.demonstrations)
+        self._too_short = {p.prompt_id: "too_short" for p in demonstrated if not pieces_to_show(p)}
+        return super().assemble(plan, groups, step)
 
     def metrics(self) -> Mapping[str, float]:
         """Mean share of pieces shown, and share of rows with a hint, in the last step."""

@@ -39,8 +39,8 @@ class CountingWorker(RolloutWorker):
 
     computed = 0
 
-    async def _request(self, tokens: Any, params: Any) -> Any:
-        output = await super()._request(tokens, params)
+    async def _request(self, tokens: Any, params: Any, what: str) -> Any:
+        output = await super()._request(tokens, params, what)
         self.computed += len(tokens) - output.num_cached_tokens
         return output
 

@@ -27,6 +27,9 @@ class LoopConfig(Section):
     """Prompts of one optimizer step; must divide prompts_per_step. null: the whole step is one minibatch."""
     epochs: int = Field(default=1, ge=1)
     """Passes over the step's rows."""
+    staleness: Literal[0, 1] = 0
+    """Updates that the weights may take between a rollout and the update that trains it. 1: the next step is sampled
+    while this one trains, but not across a checkpoint or an evaluation; needs `algorithm.sampler_ratio_cap`."""
     save_batch_every: int = Field(default=0, ge=0)
     """Each so many steps, write the step's prompts, demonstrations and scored rollouts to batches/ for `plait ask`. 0:
     never."""

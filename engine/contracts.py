@@ -88,6 +88,14 @@ class Algorithm(Protocol):
     """K of losses that need `topk_entropy`; None for all others."""
 
     @property
+    def plans_ahead(self) -> bool:
+        """`plan` and `expert_rows` depend on nothing that an update changes, and `plan` keeps nothing in the object.
+
+        So a step can be planned and sampled while the one before it trains.
+        """
+        ...
+
+    @property
     def needs(self) -> Mapping[str, frozenset[Need]]:
         """For each loss, what it consumes; checked against config and data before any worker starts."""
         ...

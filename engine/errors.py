@@ -77,6 +77,10 @@ class WorkerLost(RolloutError):
     """A rollout worker died, is silent or cannot be used any more; another one can do its work."""
 
 
+class VersionGone(RolloutError):
+    """No worker serves the weights that samples were begun with, and the learner has moved on."""
+
+
 class LearnerError(PlaitError, RuntimeError):
     """A learner worker failed, or a number that must be finite is not."""
 

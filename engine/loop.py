@@ -9,10 +9,10 @@ It knows no algorithm, no Ray and no vLLM: everything comes through the Protocol
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NoReturn
 
@@ -32,22 +32,18 @@ from .recovery import Recovery
 from .run_state import RunState
 from .saved_batch import SavedBatch, save_rounds, to_bytes
 from .step_record import StepRecord, account, count_outcomes
+from .step_rollouts import Planned, Round, plan_step, rollout_rounds, sample_ahead
 from .stop import StopAsked, StopRequest
 from .sync_proof import SyncProof, Tolerance, digest, prove_sync
 from .types import (
-    Prompt,
     RolloutGroup,
-    RolloutRequest,
     Sampling,
-    StepPlan,
     TrainBatch,
     Update,
     UpdateReport,
 )
 
 LOGGING = "the log of the run cannot be written"
-Round = tuple[Sequence[RolloutRequest], Sequence[RolloutGroup]]
-"""What one round of rollouts asked for, and the scored groups."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +77,9 @@ def train(config: LoopConfig, evaluation: EvalConfig, sampling: Sampling, parts:
     state: RunState | None = None
     while True:
         try:
-            state = begin(config, evaluation, sampling, parts, state)
-            while end_reason(config, state) is None:
-                go_on(config, evaluation, sampling, parts, state)
+            state, planned = begin(config, evaluation, sampling, parts, state), None
+            while planned or end_reason(config, state) is None:
+                planned = go_on(config, evaluation, sampling, parts, state, planned)
                 recovery.step_done()
             return state
         except LearnerLost as lost:
@@ -113,22 +109,29 @@ def begin(
 
 
 def go_on(
-    config: LoopConfig, evaluation: EvalConfig, sampling: Sampling, parts: Parts, state: RunState
-) -> None:
-    """One step, and what is due after it."""
+    config: LoopConfig,
+    evaluation: EvalConfig,
+    sampling: Sampling,
+    parts: Parts,
+    state: RunState,
+    planned: Planned | None = None,
+) -> Planned | None:
+    """One step, and what is due after it; `planned`: where it was begun ahead. Returns the next one where that is."""
     started = time.perf_counter()
-    before = snapshot(state, parts.algorithm, parts.data)
+    before = None if planned else snapshot(state, parts.algorithm, parts.data)
+    ahead = begins_next(config, evaluation, parts, state)
     try:
-        done = take_step(config, sampling, parts, state)
+        done = take_step(config, sampling, parts, state, planned, ahead=ahead)
     except StopAsked:  # while it sampled: the weights are still those of `before`
-        stop_at(before, parts)
+        stop_at(None if ahead else before, parts, state)
     state.count_generated(done.groups)
     if state.advance(done.reports):  # samplers follow the learner
         publish(parts, state)
     state.step_seconds += time.perf_counter() - started
     record_step(config, parts, state, done)
 
-    last, best = end_reason(config, state) is not None, False
+    last = done.next is None and end_reason(config, state) is not None
+    best = False
     if parts.data.eval_prompts and (last or due(state.step, evaluation.every)):
         best = state.note_evaluation(evaluate(parts, evaluation, sampling, state))
     if last or best or due(state.step, parts.checkpoints.every):
@@ -136,19 +139,42 @@ def go_on(
             parts.checkpoints.save(state, parts.algorithm, parts.data, parts.learners)
     settle(parts, wait=last)
     if parts.stop.reason and not last:
-        stop_at(snapshot(state, parts.algorithm, parts.data), parts)
+        here = None if done.next else snapshot(state, parts.algorithm, parts.data)
+        stop_at(here, parts, state)
+    return done.next
 
 
-def stop_at(here: Snapshot, parts: Parts) -> NoReturn:
-    """Have a checkpoint of this moment, and end the run. Raises Stopped."""
+def begins_next(config: LoopConfig, evaluation: EvalConfig, parts: Parts, state: RunState) -> bool:
+    """Whether the step after this one is sampled while this one trains.
+
+    Not where something is due between them: an evaluation needs the samplers, and a checkpoint holds no half steps, so
+    that a resumed run repeats every bit.
+    """
+    step = state.step + 1
+    between = step >= config.steps or due(step, parts.checkpoints.every)
+    between |= bool(parts.data.eval_prompts) and due(step, evaluation.every)
+    return config.staleness > 0 and not between and end_reason(config, state) is None
+
+
+def stop_at(here: Snapshot | None, parts: Parts, state: RunState) -> NoReturn:
+    """Have a checkpoint of this moment, and end the run. Raises Stopped.
+
+    None: in the midst of two steps. What was sampled is in the journal, from which the same steps are taken again.
+    """
     settle(parts, wait=True)
     saved = parts.checkpoints.complete()
-    if not saved or step_of(saved[-1]) != here.step:
+    if here is not None and (not saved or step_of(saved[-1]) != here.step):
         with parts.log.phase("checkpoint"):
             parts.checkpoints.write(here, parts.learners)
         settle(parts, wait=True)
+    kept = (
+        "its last checkpoint and its journal"
+        if here is None
+        else f"checkpoints/step-{here.step:06d}"
+    )
+    step = state.step if here is None else here.step
     raise Stopped(
-        f"{parts.stop.reason} after {here.step} steps, all of them in checkpoints/step-{here.step:06d}; the run goes "
+        f"{parts.stop.reason} after {step} steps, all of them in {kept}; the run goes "
         f"on with `plait resume {parts.log.folder}`, or when its job is submitted again"
     )
 
@@ -167,8 +193,7 @@ def settle(parts: Parts, *, wait: bool = False) -> None:
 class StepDone:
     """What one step was made of, and what came of it."""
 
-    draws: Draws
-    experts: Sequence[Prompt]
+    planned: Planned
     rounds: Sequence[Round]
     updates: Sequence[Update]
     reports: Sequence[UpdateReport]
@@ -176,6 +201,8 @@ class StepDone:
     outcomes: tuple[tuple[str, str], ...]
     """Of every prompt drawn from the training stream; `expert_outcomes` of the expert stream."""
     expert_outcomes: tuple[tuple[str, str], ...]
+    next: Planned | None
+    """The step after it, sampled while this one trained."""
 
     def record(self, state: RunState) -> StepRecord:
         updates = ((r.loss_name, r.metrics.get("loss"), r.grad_norm) for r in self.reports)
@@ -189,42 +216,66 @@ class StepDone:
         return [group for _, groups in self.rounds for group in groups]
 
 
-def take_step(config: LoopConfig, sampling: Sampling, parts: Parts, state: RunState) -> StepDone:
+def take_step(
+    config: LoopConfig,
+    sampling: Sampling,
+    parts: Parts,
+    state: RunState,
+    planned: Planned | None = None,
+    *,
+    ahead: bool = False,
+) -> StepDone:
     """One step up to its last update; the samplers still serve the weights of before."""
-    algorithm, data, log = parts.algorithm, parts.data, parts.log
+    algorithm, data = parts.algorithm, parts.data
     step = state.step  # completed steps: what schedules and seeds depend on
-    journaled = None if parts.journal is None else parts.journal.recall(state)
 
     # 1. What to do: prompts, prefixes, demonstrations.
-    draws = Draws(parts, journaled)
-    prompts = draws.draw(config.prompts_per_step)
-    experts = data.take_experts(algorithm.expert_rows(step))
-    plan = algorithm.plan(prompts, experts, step)
+    planned = planned or plan_step(config, parts, state)
+    draws, experts = planned.draws, planned.experts
 
     # 2. Experience in one or several rounds, scored while it streams in. A supervised step has none.
-    rounds = rollout_rounds(parts, plan, draws, experts, state)
+    rounds = rollout_rounds(parts, planned, state)
     groups = [group for _, found in rounds for group in found]
     reach("step.journaled")
     settle(parts)  # it was written while the samplers worked
     data.observe(groups)
 
     # 3. Learning signal: rows with source, advantage and weight per token.
-    updates = algorithm.assemble(plan, groups, step)
+    updates = algorithm.assemble(planned.plan, groups, step)
 
     # 4. One or several optimizer phases: RL, SFT, or both.
     ledger = measure_gradients(parts, updates, step, by_source=due(step, config.gradient_every))
-    reports: list[UpdateReport] = []
-    for update in updates:
-        with log.phase("update"):
-            reports += apply_update(parts, update, step)
+    following = plan_step(config, parts, state, ahead=1) if ahead else None
+    reports = train_on(parts, updates, step, following)
     reach("step.updated")
-    asked = [*prompts, *experts]
-    ledger |= expert_ledger(algorithm, asked, groups, updates, step, sampling.max_tokens)
+    ledger |= expert_ledger(algorithm, planned.asked, groups, updates, step, sampling.max_tokens)
     known = algorithm.ledger(updates, step)
     reasons = {**known.unused, **known.dropped}
     outcomes = account(draws.prompts, draws.repeated, groups, reports, reasons)
     expert_outcomes = account(experts, (), groups, reports, reasons)
-    return StepDone(draws, experts, rounds, updates, reports, ledger, outcomes, expert_outcomes)
+    return StepDone(planned, rounds, updates, reports, ledger, outcomes, expert_outcomes, following)
+
+
+def train_on(
+    parts: Parts, updates: Sequence[Update], step: int, following: Planned | None
+) -> list[UpdateReport]:
+    """Apply the updates in order; meanwhile the first round of the step after this one is sampled, where it is due."""
+    if following is None or following.draws.journaled is not None or not following.plan.requests:
+        with parts.log.phase("update"):
+            return apply_updates(parts, updates, step)
+    with ThreadPoolExecutor(1, "plait-update") as thread:
+        started = time.perf_counter()
+        training = thread.submit(apply_updates, parts, updates, step)
+        training.add_done_callback(
+            lambda _: parts.log.took("update", time.perf_counter() - started)
+        )
+        sample_ahead(parts, following, training)
+        with parts.log.phase("wait_for_update"):
+            return training.result()
+
+
+def apply_updates(parts: Parts, updates: Sequence[Update], step: int) -> list[UpdateReport]:
+    return [report for update in updates for report in apply_update(parts, update, step)]
 
 
 def record_step(config: LoopConfig, parts: Parts, state: RunState, done: StepDone) -> None:
@@ -239,8 +290,7 @@ def record_step(config: LoopConfig, parts: Parts, state: RunState, done: StepDon
         if due(state.step, config.save_batch_every):
             path = log.folder / "batches" / f"step-{state.step:06d}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-            asked = [*done.draws.prompts, *done.experts]
-            batch = SavedBatch(state.step - 1, *save_rounds(asked, done.rounds))
+            batch = SavedBatch(state.step - 1, *save_rounds(done.planned.asked, done.rounds))
             path.write_bytes(to_bytes(path, batch))
 
 
@@ -253,85 +303,6 @@ def end_reason(config: LoopConfig, state: RunState) -> str | None:
     if config.max_seconds is not None and state.step_seconds >= config.max_seconds:
         return "max_seconds"
     return None
-
-
-def graded(
-    parts: Parts, prompts: Sequence[Prompt], journaled: SavedBatch | None = None
-) -> Sequence[Prompt]:
-    """The same prompts, their demonstrations graded where a loss reads scores that the data does not hold."""
-    if not any("demonstration_scores" in needs for needs in parts.algorithm.needs.values()):
-        return prompts
-    known = prompts if journaled is None else journaled.with_verdicts(prompts)
-    if all(d.score is not None for prompt in known for d in prompt.demonstrations):
-        return known
-    with parts.log.phase("grade"):
-        return parts.scorer.grade(prompts)
-
-
-@dataclass
-class Draws:
-    """The training prompts of one step, in the order they were drawn."""
-
-    parts: Parts
-    journaled: SavedBatch | None
-    prompts: list[Prompt] = field(default_factory=list)
-    repeated: list[str] = field(default_factory=list)
-    """Drawn once more in the same step, and left out."""
-    graded: bool = False
-    """The verifier was asked about their demonstrations."""
-
-    def draw(self, n: int) -> list[Prompt]:
-        """The next n, graded where a loss needs it, less those that are in the step already."""
-        seen = {prompt.prompt_id for prompt in self.prompts}
-        taken = self.parts.data.take(n)
-        drawn = graded(self.parts, taken, self.journaled)
-        self.graded |= self.journaled is None and drawn is not taken
-        fresh = [prompt for prompt in drawn if prompt.prompt_id not in seen]
-        self.repeated += [prompt.prompt_id for prompt in drawn if prompt.prompt_id in seen]
-        self.prompts += fresh
-        return fresh
-
-
-def rollout_rounds(
-    parts: Parts, plan: StepPlan, draws: Draws, experts: Sequence[Prompt], state: RunState
-) -> list[Round]:
-    """The plan's rollouts, then what the algorithm asks for after seeing them, round by round.
-
-    A prompt's rollouts are numbered on over its rounds, so each has a seed of its own. Rounds that are in the journal
-    are taken from there; all of them are in it when this returns, and so are verdicts on demonstrations.
-    """
-    numbered: Counter[str] = Counter()
-    rounds: list[Round] = []
-    known = [] if draws.journaled is None else list(draws.journaled.rounds)
-    requests, sampled = plan.requests, False
-    while requests:
-        requests = [
-            replace(r, first_index=r.first_index + numbered[r.prompt.prompt_id]) for r in requests
-        ]
-        groups = known.pop(0).answer(requests) if known else None
-        if groups is None:
-            known, sampled = [], True
-            groups = roll_out(parts, requests, rounds, state.step)
-        rounds.append((requests, groups))
-        for r in requests:
-            end = r.first_index + r.n
-            numbered[r.prompt.prompt_id] = max(numbered[r.prompt.prompt_id], end)
-        answers = [found for _, found in rounds]
-        requests = parts.algorithm.follow_up(answers, state.step, draws.draw)
-    if parts.journal is not None and (sampled or draws.graded):
-        with parts.log.phase("journal"):
-            parts.journal.write(state, [*draws.prompts, *experts], rounds)
-    return rounds
-
-
-def roll_out(
-    parts: Parts, requests: Sequence[RolloutRequest], earlier: Sequence[Round], step: int
-) -> Sequence[RolloutGroup]:
-    """Sample and score one round. Raises StopAsked where somebody asks the run to stop meanwhile."""
-    drawn = parts.rollouts.generate(requests, step=step)
-    with parts.log.phase("rollout"), parts.stop.breakable(), closing(drawn):
-        stream = parts.log.watch(drawn, requests)
-        return parts.scorer.score(requests, stream, [g for _, groups in earlier for g in groups])
 
 
 def measure_gradients(

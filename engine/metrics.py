@@ -223,10 +223,13 @@ class RunLog:
         self.at = At(name, self.at.step)
         start = time.perf_counter()
         yield
-        elapsed = time.perf_counter() - start
-        self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
-        self._step_seconds[name] = self._step_seconds.get(name, 0.0) + elapsed
+        self.took(name, time.perf_counter() - start)
         self.at = At("between phases", self.at.step)
+
+    def took(self, name: str, seconds: float) -> None:
+        """Time of what ran beside the phases that are shown."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        self._step_seconds[name] = self._step_seconds.get(name, 0.0) + seconds
 
     def watch(
         self, rollouts: Iterable[Rollout], requests: Sequence[RolloutRequest]

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from .checkpoint import load, step_of
-from .config import LoopConfig
+from .config import EvalConfig, LoopConfig
 from .errors import CheckpointError
-from .loop import Parts, take_step
+from .loop import Parts, begins_next, take_step
 from .run_state import RunState
 from .step_record import read_records
+from .step_rollouts import Planned
 from .sync_proof import digest
 from .types import Rollout, RolloutRequest, Sampling
 
@@ -66,7 +67,9 @@ class NothingSampled:
     def close(self) -> None: ...
 
 
-def replay(config: LoopConfig, sampling: Sampling, parts: Parts) -> Replayed:
+def replay(
+    config: LoopConfig, evaluation: EvalConfig, sampling: Sampling, parts: Parts
+) -> Replayed:
     """Raises CheckpointError where the run recorded no step, or what it takes to repeat one is gone.
 
     The learner is left as it was after the last recorded step.
@@ -78,8 +81,11 @@ def replay(config: LoopConfig, sampling: Sampling, parts: Parts) -> Replayed:
     parts.learners.connect(())
     state.weights = digest(parts.learners.send_weights(state.policy_version))
     differences: list[str] = []
+    planned: Planned | None = None
     while state.step < last:
-        done = take_step(config, sampling, parts, state)
+        ahead = state.step + 1 < last and begins_next(config, evaluation, parts, state)
+        done = take_step(config, sampling, parts, state, planned, ahead=ahead)
+        planned = done.next
         if state.advance(done.reports):
             state.weights = digest(parts.learners.send_weights(state.policy_version))
         if state.step in records:

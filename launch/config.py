@@ -1,6 +1,6 @@
 """A recipe: YAML plus `key.path=value` overrides -> one frozen object, or every problem at once.
 
-Each folder owns its section; this file composes them and holds the checks that concern two sections.
+Each folder owns its section; this file composes them, contradictions.py has the checks that concern two sections.
 """
 
 from __future__ import annotations
@@ -23,13 +23,12 @@ from pydantic import (
 )
 
 from ..algorithms import AlgorithmBase, AlgorithmConfig, Setup, resolve
-from ..algorithms.stages import StagesConfig
 from ..engine.config import CheckpointConfig, EvalConfig, LearnerConfig, LoopConfig, Section
 from ..engine.errors import ConfigError, Problem
 from ..engine.types import Sampling
 from ..rewards.config import RewardConfig
 from ..rollouts.config import DataConfig, RolloutConfig
-from .sampled_settings import unread_table
+from .contradictions import contradictions
 from .secret_keys import secrets_in
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -312,136 +311,3 @@ def section_models(field: Any) -> Sequence[type[BaseModel]]:
 def m_tags(model: type[BaseModel]) -> tuple[Any, ...]:
     field = model.model_fields.get("type")
     return getattr(field.annotation, "__args__", ()) if field else ()
-
-
-def contradictions(recipe: Recipe) -> list[Problem]:
-    """What two sections say against each other; each message names both keys."""
-    problems = []
-
-    def check(ok: bool, path: str, value: object, message: str) -> None:
-        if not ok:
-            problems.append(Problem(path, value, message))
-
-    rollouts, learner, algorithm = recipe.rollouts, recipe.learner, recipe.algorithm
-    longest = rollouts.max_prompt_length + rollouts.max_response_length
-    budget = learner.max_tokens_per_micro_batch
-    check(
-        longest <= budget,
-        "learner.max_tokens_per_micro_batch",
-        budget,
-        f"a row may have rollouts.max_prompt_length + rollouts.max_response_length = {longest} tokens; "
-        "raise it, or lower those limits",
-    )
-    check(
-        algorithm.max_response_length == rollouts.max_response_length,
-        "algorithm.max_response_length",
-        algorithm.max_response_length,
-        f"must equal rollouts.max_response_length = {rollouts.max_response_length}; leave it out",
-    )
-    on_cpu = rollouts.device == "cpu"
-    check(
-        (rollouts.weight_sync == "shared_memory") == on_cpu,
-        "rollouts.weight_sync",
-        rollouts.weight_sync,
-        f"does not work with rollouts.device = {rollouts.device}; "
-        "use shared_memory on cpu, nccl or ipc on cuda",
-    )
-    check(
-        learner.device == rollouts.device,
-        "learner.device",
-        learner.device,
-        f"must equal rollouts.device = {rollouts.device}: weights do not travel between kinds of device",
-    )
-    check(
-        learner.device == "cuda" or learner.attention != "flash_attention_2",
-        "learner.attention",
-        learner.attention,
-        "needs learner.device = cuda",
-    )
-    check(
-        learner.packing or learner.attention == "auto",
-        "learner.attention",
-        learner.attention,
-        "is chosen for packed rows, but learner.packing is false; leave one of them out",
-    )
-    check(
-        recipe.reward is not None or not needs_reward(recipe),
-        "reward",
-        None,
-        "required: rollouts and evaluation are scored; name one, for example math, "
-        "or set eval.num_prompts = 0 for supervised training without evaluation",
-    )
-    observing = recipe.data.observing
-    check(
-        observing is None or any(map(samples_rollouts, algorithm.sections.values())),
-        f"data.{observing}",
-        ...,
-        f"chooses prompts by how their rollouts went, and algorithm.type = {algorithm.type!r} has none; leave it out",
-    )
-    if isinstance(algorithm, StagesConfig):
-        begins, steps = algorithm.starts[-1], recipe.loop.steps
-        check(
-            begins < steps,
-            "algorithm.stages",
-            ...,
-            f"the last one would begin after {begins} steps, loop.steps = {steps} never gets there; raise loop.steps, "
-            "or shorten the stages before it",
-        )
-    check(
-        recipe.loop.max_seconds is None or not recipe.run.deterministic,
-        "loop.max_seconds",
-        recipe.loop.max_seconds,
-        "ends a run at a time that no clock repeats, and run.deterministic is true; use max_trained_tokens or steps",
-    )
-    buffer = recipe.reward.overlong_buffer if recipe.reward else None
-    check(
-        buffer is None or buffer <= rollouts.max_response_length,
-        "reward.overlong_buffer",
-        buffer,
-        f"must be at most rollouts.max_response_length = {rollouts.max_response_length}",
-    )
-    segments = not learner.packing or learner.attention == "segments" or on_cpu
-    for section, config in algorithm.sections.items():
-        hook = getattr(getattr(config, "expert_loss", None), "input_hook", None)
-        check(
-            segments or not getattr(hook, "hide_from_attention", False),
-            f"{section}.expert_loss.input_hook.hide_from_attention",
-            True,
-            "flash-attention cannot hide tokens; set learner.attention = segments",
-        )
-    return problems + unfed_expert_loss(recipe) + unread_table(recipe)
-
-
-def unfed_expert_loss(recipe: Recipe) -> list[Problem]:
-    """An expert loss whose needs or schedule the algorithm (one from outside, perhaps) does not pass on."""
-    return [
-        problem
-        for section, config in recipe.algorithm.sections.items()
-        for problem in unfed_by(section, resolve(config.type)(config, recipe.setup))
-    ]
-
-
-def unfed_by(section: str, algorithm: AlgorithmBase) -> list[Problem]:
-    loss = algorithm.expert_loss
-    if loss is None:
-        return []
-    fed = frozenset[str]().union(*algorithm.needs.values())
-    unfed = sorted(loss.needs - fed) + sorted(loss.coefs(0).keys() - algorithm.coefs(0).keys())
-    if not unfed:
-        return []
-    message = (
-        f"needs {', '.join(unfed)}, which {algorithm.config.type} does not feed it; its `needs` must take in "
-        "`expert_loss.needs`, its `coefs` those of AlgorithmBase"
-    )
-    return [Problem(f"{section}.expert_loss.type", loss.kind, message)]
-
-
-def needs_reward(recipe: Recipe) -> bool:
-    return recipe.evaluates or any(map(samples_rollouts, recipe.algorithm.sections.values()))
-
-
-def samples_rollouts(config: AlgorithmConfig) -> bool:
-    """Rollouts of its own, or those that its data selection judges demonstrations by."""
-    selection = getattr(config, "data_selection", None)
-    judges = selection is not None and selection.num_rollouts > 0
-    return judges or hasattr(config, "rollouts_per_prompt")

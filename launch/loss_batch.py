@@ -21,9 +21,10 @@ from ..engine.config import LearnerConfig
 from ..engine.contracts import LossFn, Need
 from ..engine.learner import LearnerWorker, Rank, WeightRoute
 from ..engine.learners import InProcessRank, LearnerGroup
-from ..engine.loop import Draws, Parts, apply_update, graded, rollout_rounds
+from ..engine.loop import Parts, apply_update
 from ..engine.metrics import RunLog
 from ..engine.run_state import RunState
+from ..engine.step_rollouts import Draws, Planned, graded, rollout_rounds
 from ..engine.sync_proof import Tolerance
 from ..engine.types import (
     Prompt,
@@ -290,8 +291,9 @@ class Build:
         prompts = self.prompts(parts)
         experts = self.data.take_experts(min(algorithm.expert_rows(step), NUM_PROMPTS))
         plan = algorithm.plan(prompts, experts, step)
-        draws, state = Draws(parts, None, list(prompts)), RunState(step=step)
-        rounds = rollout_rounds(parts, plan, draws, experts, state)
+        state = RunState(step=step)
+        planned = Planned(state, Draws(parts, None, list(prompts)), experts, plan)
+        rounds = rollout_rounds(parts, planned, state)
         groups = [group for _, found in rounds for group in found]
         for update in algorithm.assemble(plan, groups, step):
             apply_update(parts, update, step)

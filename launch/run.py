@@ -181,7 +181,7 @@ def verify(recipe: Recipe, *, reward: RewardFn | None = None) -> Replayed:
     with lock_run(folder), composed(inputs, folder, sampling=False) as parts:
         from ..engine.replay import replay
 
-        return replay(recipe.loop, recipe.sampling, parts)
+        return replay(recipe.loop, recipe.eval, recipe.sampling, parts)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ worker that took its place gets samples only after a proved weight sync. Who is 
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from ..engine.errors import RolloutError, Stalled, WorkerLost
+from ..engine.errors import RolloutError, Stalled, VersionGone, WorkerLost
 from ..engine.types import Rollout, RolloutRequest
 from .config import RolloutConfig
 from .crew import TICK, Crew, Loss, Member, explain
@@ -201,8 +200,13 @@ class Pool:
         """Those that may be given samples, after bringing workers that came up late to the present weights."""
         late = [member.actor for member in self._crew.up() if member.version != self._version]
         if late and self._sync is not None:
-            with contextlib.suppress(WorkerLost):  # the crew replaces them
+            try:
                 self._sync(late)
+            except WorkerLost:
+                pass  # the crew replaces them
+            except VersionGone:  # they wait for the next weights
+                if not self._serving():
+                    raise
         return self._serving()
 
     def _dispatch(self, queue: deque[SampleTask], owed: dict[Any, _Owed]) -> None:

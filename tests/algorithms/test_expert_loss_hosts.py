@@ -12,7 +12,7 @@ from expert_cases import VARIANTS
 from plait.algorithms import ALGORITHMS, Setup
 from plait.engine.errors import ConfigError
 from plait.engine.types import Sampling
-from plait.launch.config import unfed_by
+from plait.launch.contradictions import unfed_by
 from plait.launch.demonstrations import check_demonstrations
 
 HOSTS = [name for name, cls in ALGORITHMS.items() if "expert_loss" in cls.Config.model_fields]

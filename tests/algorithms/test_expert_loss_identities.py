@@ -11,7 +11,8 @@ from plait.algorithms import Setup
 from plait.algorithms.sft import Sft, SftConfig
 from plait.engine.contracts import Need
 from plait.engine.types import Sampling
-from plait.launch.config import load_recipe, unfed_by
+from plait.launch.config import load_recipe
+from plait.launch.contradictions import unfed_by
 
 MINIMAL = """
 model: some/model

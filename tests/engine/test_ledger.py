@@ -93,7 +93,8 @@ def test_a_demonstration_too_short_for_a_prefix():
     prompts = [prompt("short", (2,)), prompt("long")]
     plan = algorithm.plan(prompts, (), 0)
     assert [bool(r.prefix) for r in plan.requests] == [False, False, True]
-    found = expert_ledger(algorithm, prompts, [], [], 0, max_tokens=2)
+    updates = algorithm.assemble(plan, [], 0)
+    found = expert_ledger(algorithm, prompts, [], updates, 0, max_tokens=2)
     assert found["ledger/demonstrations_cut"] == 0.5
     assert found[f"{PREFIX}too_short"] == 0.5
     assert found[f"{PREFIX}not_planned"] == 0.5

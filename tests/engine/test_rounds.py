@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from plait.engine.loop import Draws, Parts, rollout_rounds
+from plait.engine.loop import Parts
 from plait.engine.run_state import RunState
+from plait.engine.step_rollouts import Draws, Planned, rollout_rounds
 from plait.engine.types import (
     Prompt,
     Rollout,
@@ -67,7 +68,9 @@ def parts(follow_up, data=None) -> Parts:
 
 def take_rounds(parts, plan, prompts):
     """The groups of each round."""
-    rounds = rollout_rounds(parts, plan, Draws(parts, None, list(prompts)), (), RunState())
+    state = RunState()
+    planned = Planned(state, Draws(parts, None, list(prompts)), (), plan)
+    rounds = rollout_rounds(parts, planned, state)
     return [groups for _, groups in rounds]
 
 

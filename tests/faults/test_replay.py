@@ -55,7 +55,7 @@ def make(tiny_model, tmp_path, monkeypatch):
 
 def repeat(recipe: Any, model: Path) -> Replayed:
     with parts_of(recipe, NothingSampled(), model) as parts:
-        return replay(recipe.loop, recipe.sampling, parts)
+        return replay(recipe.loop, recipe.eval, recipe.sampling, parts)
 
 
 def test_the_last_steps_are_the_ones_that_were_recorded(make, tiny_model):
