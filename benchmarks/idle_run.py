@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from idle_workers import IdleLearner, IdleWorker
 from loop_run import LoopRun
@@ -73,11 +73,11 @@ class ParityScorer:
 
 
 @contextmanager
-def idle_ranks(num_workers: int = 1) -> Iterator[RayRanks]:
+def idle_ranks(num_workers: int = 1, env: Mapping[str, str] | None = None) -> Iterator[RayRanks]:
     """Ray is up."""
     real, ray_ranks.RemoteLearner = ray_ranks.RemoteLearner, IdleLearner  # type: ignore[misc]
     config = LearnerConfig(num_workers=num_workers)
-    ranks = RayRanks("none", config, {}, {}, {})
+    ranks = RayRanks("none", config, {}, {}, env or {})
     try:
         ranks.wait_started()
         yield ranks
@@ -102,14 +102,17 @@ def idle_pool(num_workers: int) -> Iterator[Pool]:
         pools.RolloutWorker = real  # type: ignore[misc]
 
 
-def idle_loop(folder: Path, pool: Pool, ranks: RayRanks, num_prompts: int) -> LoopRun:
-    algorithm = Grpo(GrpoConfig(rollouts_per_prompt=GROUP_SIZE), Setup(SAMPLING))
+def idle_loop(
+    folder: Path, pool: Pool, ranks: RayRanks, num_prompts: int, staleness: Literal[0, 1] = 0
+) -> LoopRun:
+    config = GrpoConfig(rollouts_per_prompt=GROUP_SIZE, sampler_ratio_cap=2.0)
+    algorithm = Grpo(config, Setup(SAMPLING))
     route = WeightRoute("shared_memory", "float32", 60.0)
     learners = LearnerGroup(
         ranks, LearnerConfig(), algorithm.needs, total_steps=10**9, seed=0, route=route
     )
     parts = {"data": Stream(), "rollouts": pool, "scorer": ParityScorer(), "learners": learners}
-    return LoopRun(folder, algorithm, SAMPLING, num_prompts, **parts)
+    return LoopRun(folder, algorithm, SAMPLING, num_prompts, staleness=staleness, **parts)
 
 
 def step_seconds(

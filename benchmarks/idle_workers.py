@@ -1,13 +1,15 @@
 """Rollout workers and learner ranks that compute nothing: real Ray actors, so that what is left is the engine's own.
 
-A sample takes SECONDS of the environment, all the same: the longest of many would grow with their number. Sleeping uses
-no CPU, so that many workers fit a small machine and do not disturb each other.
+A sample takes SECONDS of the environment, all the same, for the longest of many would grow with their number; or, by
+its seed, up to the part SPREAD less. Sleeping uses no CPU, so that many workers fit a small machine and do not disturb
+each other.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +21,9 @@ from plait.engine.types import Rollout
 from plait.rollouts.worker import RolloutWorker, SampleTask, WorkerProof
 
 SECONDS = "PLAIT_BENCH_SAMPLE_SECONDS"
+SPREAD = "PLAIT_BENCH_SAMPLE_SPREAD"
+UPDATE_SECONDS = "PLAIT_BENCH_UPDATE_SECONDS"
+"""Of a learner's rank, for each optimizer step."""
 RESPONSE = 64
 CHECKSUMS = {"weight": "0"}
 
@@ -32,8 +37,10 @@ class IdleWorker(RolloutWorker):
         """There is no process behind this one."""
 
     async def generate(self, task: SampleTask) -> Rollout:
-        await asyncio.sleep(float(os.environ.get(SECONDS, "0")))
-        tokens = tuple(np.random.default_rng(task.seed).integers(3, 300, RESPONSE).tolist())
+        draw = np.random.default_rng(task.seed)
+        tokens = tuple(draw.integers(3, 300, RESPONSE).tolist())
+        part = 1 - float(os.environ.get(SPREAD, "0")) * draw.random()
+        await asyncio.sleep(float(os.environ.get(SECONDS, "0")) * part)
         logprobs = (-1.0,) * RESPONSE
         version = self._version
         return Rollout(task.prompt_id, task.index, tokens, 0, logprobs, version, "length", "")
@@ -63,6 +70,7 @@ class IdleRank:
     def step(self, micro_batches: Sequence[Any], loss: str, *_: Any) -> Any:
         from plait.engine.types import UpdateReport
 
+        time.sleep(float(os.environ.get(UPDATE_SECONDS, "0")))
         tokens = sum(batch.num_tokens for batch in micro_batches)
         return UpdateReport(loss, 1.0, {"loss": 0.0, "seen": float(tokens)}, 0.0)
 

@@ -41,10 +41,12 @@ class LoopRun:
         scorer: Any,
         learners: Any,
         dtype: Literal["float32", "bfloat16"] = "float32",
+        staleness: Literal[0, 1] = 0,
         probes: tuple[tuple[int, ...], ...] = (),
     ) -> None:
         self.sampling = sampling
-        self.config = LoopConfig(steps=FOREVER, prompts_per_step=num_prompts)
+        self.config = LoopConfig(steps=FOREVER, prompts_per_step=num_prompts, staleness=staleness)
+        self._planned: loop.Planned | None = None
         self.parts = loop.Parts(
             algorithm=algorithm,
             data=data,
@@ -62,7 +64,8 @@ class LoopRun:
     def step(self) -> float:
         """Seconds of one step."""
         started = time.perf_counter()
-        loop.go_on(self.config, NO_EVALUATION, self.sampling, self.parts, self.state)
+        settings = self.config, NO_EVALUATION, self.sampling, self.parts, self.state
+        self._planned = loop.go_on(*settings, self._planned)
         return time.perf_counter() - started
 
     def close(self) -> None:

@@ -46,6 +46,7 @@ BENCHMARKS = {
     "B1": Benchmark("b01_trl", "against TRL", 720),
     "B2": Benchmark("b02_learner", "learner efficiency", 240),
     "B3": Benchmark("b03_rollouts", "rollout efficiency", 360),
+    "B4": Benchmark("b04_overlap", "overlap", 280),
     "B5": Benchmark("b05_orchestration", "orchestration", 220),
     "B6": Benchmark("b06_packing", "padding and balance", 90),
     "B7": Benchmark("b07_weight_sync", "weight sync", 270),
