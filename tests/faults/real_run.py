@@ -111,7 +111,7 @@ class RealRun:
         """What is there after `seconds` of what the run has made, and when it was gone."""
         started = time.monotonic()
         while True:
-            found = [*map(str, self.processes()), *os.listdir(self.tmp)]
+            found = [*map(describe, self.processes()), *os.listdir(self.tmp)]
             found += set(os.listdir("/dev/shm")) - self.shared_memory - in_use()
             took = time.monotonic() - started
             if not found:
@@ -119,6 +119,15 @@ class RealRun:
             if not found or took > seconds:
                 return found, took
             time.sleep(0.1)
+
+
+def describe(pid: int) -> str:
+    """Its number, state and command."""
+    with contextlib.suppress(OSError):
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return f"{pid} {state} {command[:120]}"
+    return f"{pid}, ended meanwhile"
 
 
 def in_use() -> set[str]:
