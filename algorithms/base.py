@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -220,6 +220,18 @@ class PromptSource(Protocol):
         ...
 
 
+Plan = TypeVar("Plan", bound=Callable[..., StepPlan])
+
+
+def may_run_ahead(plan: Plan) -> Plan:
+    """Marks a `plan` that depends on nothing an update changes, and keeps nothing in the object.
+
+    Such a step can be sampled while the one before it trains (`loop.staleness`). One that overrides it is marked anew.
+    """
+    setattr(plan, "may_run_ahead", True)  # noqa: B010 (functions have no such field)
+    return plan
+
+
 class AlgorithmBase(ABC):
     """Default hooks. A subclass sets `Config`, `losses` and `needs`, and overrides what it does differently.
 
@@ -272,13 +284,13 @@ class AlgorithmBase(ABC):
 
     @property
     def plans_ahead(self) -> bool:
-        """A method with a plan of its own says for itself what the plan depends on."""
-        return type(self).plan is AlgorithmBase.plan
+        return getattr(type(self).plan, "may_run_ahead", False)
 
     def request(self, prompt: Prompt) -> RolloutRequest:
         """A whole group of plain rollouts."""
         return RolloutRequest(prompt, self.config.rollouts_per_prompt, self.setup.sampling)
 
+    @may_run_ahead
     def plan(self, prompts: Sequence[Prompt], experts: Sequence[Prompt], step: int) -> StepPlan:
         return StepPlan(tuple(self.request(prompt) for prompt in prompts), tuple(experts))
 

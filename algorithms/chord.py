@@ -24,7 +24,7 @@ from pydantic import Field
 
 from ..engine.contracts import LossFn, Need
 from ..engine.types import LossOutput, PolicyOutput, Prompt, Source, StepPlan, TrainBatch
-from .base import AlgorithmBase, surrogate_needs, surrogate_only
+from .base import AlgorithmBase, may_run_ahead, surrogate_needs, surrogate_only
 from .hybrid import HybridFields, hybrid_loss
 from .schedules import warmup_cosine
 
@@ -72,8 +72,7 @@ class Chord(AlgorithmBase):
     def expert_rows(self, step: int) -> int:
         return self.config.expert_rows_per_step
 
-    plans_ahead = True
-
+    @may_run_ahead
     def plan(self, prompts: Sequence[Prompt], experts: Sequence[Prompt], step: int) -> StepPlan:
         """Where mu is 0 the expert rows would have no effect, so they are left out."""
         plan = super().plan(prompts, experts, step)

@@ -42,6 +42,7 @@ from .base import (
     GroupFields,
     PolicyFields,
     credit_groups,
+    may_run_ahead,
     surrogate_needs,
     surrogate_only,
 )
@@ -118,8 +119,7 @@ class DemonstratedGroups(AlgorithmBase):
     def needs(self) -> Mapping[str, frozenset[Need]]:
         return {"main": surrogate_needs(self.config) | SCORED_DEMONSTRATIONS}
 
-    plans_ahead = True
-
+    @may_run_ahead
     def plan(self, prompts: Sequence[Prompt], experts: Sequence[Prompt], step: int) -> StepPlan:
         return super().plan(prompts, [prompt for prompt in prompts if demonstrated(prompt)], step)
 

@@ -41,7 +41,15 @@ from ..engine.types import (
     Update,
 )
 from .advantages import Estimator, uniform_groups
-from .base import AlgorithmBase, PolicyFields, Setup, credit_groups, surrogate_needs, surrogate_only
+from .base import (
+    AlgorithmBase,
+    PolicyFields,
+    Setup,
+    credit_groups,
+    may_run_ahead,
+    surrogate_needs,
+    surrogate_only,
+)
 from .draws import uniforms
 from .grpo import regularize
 from .losses import Members, Normalizer, policy_component
@@ -179,8 +187,7 @@ class PrefixRft(AlgorithmBase):
     def coefs(self, step: int) -> dict[str, float]:
         return {"prefix_ratio_low": prefix_ratio_low(step, self.config)}
 
-    plans_ahead = True
-
+    @may_run_ahead
     def plan(self, prompts: Sequence[Prompt], experts: Sequence[Prompt], step: int) -> StepPlan:
         return StepPlan(tuple(r for prompt in prompts for r in self.requests(prompt, step)))
 

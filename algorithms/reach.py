@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from ..engine.types import Prompt, StepPlan
-from .base import AlgorithmBase, AlgorithmConfig
+from .base import AlgorithmBase, AlgorithmConfig, may_run_ahead
 
 
 class ReachFields(AlgorithmConfig):
@@ -19,8 +19,7 @@ class ReachFields(AlgorithmConfig):
 class ReachGate(AlgorithmBase):
     """Its plans' experts are the prompts that are not rolled out; `assemble` treats them as failed."""
 
-    plans_ahead = True
-
+    @may_run_ahead
     def plan(self, prompts: Sequence[Prompt], experts: Sequence[Prompt], step: int) -> StepPlan:
         skipped = [prompt for prompt in prompts if self.is_skipped(prompt, step)]
         names = {prompt.prompt_id for prompt in skipped}

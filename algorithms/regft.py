@@ -32,7 +32,7 @@ from ..engine.types import (
     StepPlan,
     Update,
 )
-from .base import AlgorithmBase, Setup
+from .base import AlgorithmBase, Setup, may_run_ahead
 from .rounds import groups_by_prompt
 from .rows import make_row
 from .sft import Sft, SupervisedFields
@@ -76,8 +76,7 @@ class Regft(Sft):
         self._seen: dict[str, float] = {}
         self._ledger = ExpertLedger()
 
-    plans_ahead = True
-
+    @may_run_ahead
     def plan(self, prompts: Sequence[Prompt], experts: Sequence[Prompt], step: int) -> StepPlan:
         return AlgorithmBase.plan(self, prompts, (), step)
 

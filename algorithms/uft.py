@@ -40,7 +40,7 @@ from ..engine.types import (
     TrainBatch,
     Update,
 )
-from .base import AlgorithmBase, Setup, surrogate_needs, surrogate_only
+from .base import AlgorithmBase, Setup, may_run_ahead, surrogate_needs, surrogate_only
 from .draws import uniforms
 from .hybrid import HybridFields, hybrid_loss
 
@@ -142,8 +142,7 @@ class Uft(AlgorithmBase):
     def coefs(self, step: int) -> dict[str, float]:
         return {"hint_probability": hint_probability(step, self.config), **super().coefs(step)}
 
-    plans_ahead = True
-
+    @may_run_ahead
     def plan(self, prompts: Sequence[Prompt], experts: Sequence[Prompt], step: int) -> StepPlan:
         return StepPlan(tuple(self.hinted_request(prompt, step) for prompt in prompts))
 

@@ -126,9 +126,9 @@ class Pool:
                 if not owed:
                     self._wait_for_worker(self._welcomed)
                     continue
-                ready, _ = ray.wait(list(owed), timeout=TICK)
-                if ready and (rollout := self._collect(ready[0], owed)) is not None:
-                    yield rollout
+                for ref in finished(list(owed)):
+                    if (rollout := self._collect(ref, owed)) is not None:
+                        yield rollout
                 self._lose_overdue(owed)
                 self._take_back(queue, owed, issued)
         finally:
@@ -334,6 +334,12 @@ class Pool:
                 seed=sample_seed(self.seed, step, prompt.prompt_id, index),
                 stop_token_ids=self._stop_token_ids,
             )
+
+
+def finished(refs: Sequence[Any]) -> Sequence[Any]:
+    """All that are, after waiting a little for the first one: one look at so many costs as much as the next."""
+    first, _ = ray.wait(refs, timeout=TICK)
+    return ray.wait(refs, num_returns=len(refs), timeout=0)[0] if first else ()
 
 
 def _actor_options(config: RolloutConfig) -> dict[str, Any]:

@@ -209,4 +209,10 @@ def test_every_method_says_whether_it_plans_ahead():
         config = kind.Config.model_validate(kind.Config.with_limit({"type": name, **section}, 8))
         if not kind(config, Setup(Sampling(8))).plans_ahead:
             names.add(name)
+
+    class Own(ALGORITHMS["chord"]):
+        def plan(self, prompts, experts, step):
+            return super().plan(prompts, experts, step)
+
+    assert not Own(Own.Config(), Setup(Sampling(8))).plans_ahead, "it may have overridden anything"
     assert names == {"amft", "one_token_rollout", "sasr", "sft", "stages"}
