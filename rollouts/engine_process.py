@@ -71,6 +71,8 @@ def engine_args(model_path: str, config: RolloutConfig, dtype: str) -> dict[str,
         # In the EngineCore process itself: threads are set by the environment (above), and a further process
         # that pins them to cores, vLLM's default, would fight with the learner's.
         args["distributed_executor_backend"] = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+        # Prefixes are shared in whole blocks, and the kernels want multiples of 32; vLLM's default is 128.
+        args["block_size"] = 32
         args["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
     else:
         args["distributed_executor_backend"] = "mp" if config.tensor_parallel_size > 1 else "uni"

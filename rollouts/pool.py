@@ -23,6 +23,8 @@ from .engine_process import environment
 from .worker import RolloutWorker, SampleTask, WorkerProof, sample_seed
 
 _CANCEL_SECONDS = 30.0
+_SIBLINGS = 8
+"""Samples that a worker may have more than another one, so that those of a prompt share its cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,8 @@ class Pool:
         """What a worker must be proved to serve; None: no weights were sent yet."""
         self._sync: Callable[[Sequence[Any]], object] | None = None
         self._owed: dict[Any, _Owed] = {}
+        self._homes: dict[str, Member] = {}
+        """Where the samples of a prompt went last, in this round."""
         self.reissued = 0
         """Samples that were asked for again."""
 
@@ -119,6 +123,7 @@ class Pool:
         queue = deque(task for request in requests for task in self._tasks(request, step))
         issued: Counter[tuple[str, int]] = Counter()
         owed = self._owed = {}
+        self._homes = {}
         try:
             while queue or owed:
                 self._welcomed()
@@ -210,15 +215,21 @@ class Pool:
         return self._serving()
 
     def _dispatch(self, queue: deque[SampleTask], owed: dict[Any, _Owed]) -> None:
-        """Hand samples to the least loaded worker while one has room.
+        """Hand samples to a worker that knows the prompt already, else to the least loaded one, while one has room.
 
         No worker is given more than twice what it decodes at once: enough that it never idles, and late samples still
         go where there is room. What is finished and not yet taken counts, so a slow consumer slows the workers down.
         """
         while queue and (serving := self._serving()):
-            member = min(serving, key=lambda one: one.outstanding)
-            if member.outstanding >= 2 * self._config.max_num_seqs:
+            least = min(serving, key=lambda one: one.outstanding)
+            limit = 2 * self._config.max_num_seqs
+            if least.outstanding >= limit:
                 return
+            member = self._homes.get(queue[0].prompt_id, least)
+            ahead = member.outstanding - least.outstanding
+            if member not in serving or member.outstanding >= limit or ahead >= _SIBLINGS:
+                member = least
+            self._homes[queue[0].prompt_id] = member
             task, now = queue.popleft(), time.monotonic()
             if not member.outstanding:
                 member.last_sample = now
