@@ -13,7 +13,7 @@ import heapq
 import sys
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -62,7 +62,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.skipped = 0.0
-        self.spent: Counter[str] = Counter()
+        self.spent: dict[str, float] = defaultdict(float)
         """What was charged to the driver, by kind of call."""
         self.is_idle: Callable[[], bool] = lambda: True
         """Whether the main thread waits for an update."""
@@ -218,7 +218,6 @@ def batch_bytes(batch: Any) -> int:
 def measure_costs() -> Costs:
     """Of this machine's Ray, with one worker process that does nothing."""
 
-    @ray.remote(num_cpus=0, max_concurrency=64)
     class Idle:
         def answer(self, value: Any) -> Any:
             return value
@@ -228,7 +227,8 @@ def measure_costs() -> Costs:
 
     payload = Rollout("p/1", 0, tuple(range(512)), 0, (-1.0,) * 512, 0, "stop", "word " * 400)
     with ray_cluster():
-        idle, slow = Idle.remote(), Idle.remote()
+        actor: Any = ray.remote(Idle).options(num_cpus=0, max_concurrency=64)
+        idle, slow = actor.remote(), actor.remote()
         ray.get([idle.answer.remote(payload) for _ in range(100)])
         started = time.perf_counter()
         refs = [idle.answer.remote(payload) for _ in range(1000)]

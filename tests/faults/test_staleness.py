@@ -14,6 +14,7 @@ from in_process_run import Dice, believe, everything, parts_of, play, sections, 
 from end_to_end.command_line import no_verifier, tiny_recipe, write_parity, write_recipe
 from end_to_end.test_every_algorithm import CONFIGS
 from plait.algorithms import ALGORITHMS, Setup
+from plait.algorithms.chord import Chord, ChordConfig
 from plait.engine import loop
 from plait.engine.errors import ConfigError, LearnerError, LearnerLost, Stopped, VersionGone
 from plait.engine.types import Rollout, Sampling
@@ -210,9 +211,9 @@ def test_every_method_says_whether_it_plans_ahead():
         if not kind(config, Setup(Sampling(8))).plans_ahead:
             names.add(name)
 
-    class Own(ALGORITHMS["chord"]):
+    class Own(Chord):
         def plan(self, prompts, experts, step):
             return super().plan(prompts, experts, step)
 
-    assert not Own(Own.Config(), Setup(Sampling(8))).plans_ahead, "it may have overridden anything"
+    assert not Own(ChordConfig(), Setup(Sampling(8))).plans_ahead, "it may have overridden anything"
     assert names == {"amft", "one_token_rollout", "sasr", "sft", "stages"}
