@@ -1,8 +1,8 @@
 """Rollout workers and learner ranks that compute nothing: real Ray actors, so that what is left is the engine's own.
 
-A sample takes SECONDS of the environment, all the same, for the longest of many would grow with their number; or, by
-its seed, up to the part SPREAD less. Sleeping uses no CPU, so that many workers fit a small machine and do not disturb
-each other.
+A sample takes SECONDS of the environment, all the same, for the longest of many would grow with their number; by its
+seed up to the part SPREAD less; or, with TAIL, a log-normal part of it. Sleeping uses no CPU, so that many workers fit
+a small machine and do not disturb each other.
 """
 
 from __future__ import annotations
@@ -22,10 +22,20 @@ from plait.rollouts.worker import RolloutWorker, SampleTask, WorkerProof
 
 SECONDS = "PLAIT_BENCH_SAMPLE_SECONDS"
 SPREAD = "PLAIT_BENCH_SAMPLE_SPREAD"
+TAIL = "PLAIT_BENCH_SAMPLE_TAIL"
 UPDATE_SECONDS = "PLAIT_BENCH_UPDATE_SECONDS"
 """Of a learner's rank, for each optimizer step."""
 RESPONSE = 64
 CHECKSUMS = {"weight": "0"}
+
+
+def sample_seconds(prompt_id: str, index: int, seed: int) -> float:
+    """How long a worker sleeps; with TAIL, the third sample of prompt 5 takes ten times the mean."""
+    mean, draw = float(os.environ.get(SECONDS, "0")), np.random.default_rng([seed, 1])
+    if TAIL not in os.environ:
+        return mean * (1 - float(os.environ.get(SPREAD, "0")) * draw.random())
+    is_outlier = prompt_id.endswith("/5") and index == 2
+    return mean * (10.0 if is_outlier else float(draw.lognormal(-0.125, 0.5)))
 
 
 class IdleWorker(RolloutWorker):
@@ -39,8 +49,7 @@ class IdleWorker(RolloutWorker):
     async def generate(self, task: SampleTask) -> Rollout:
         draw = np.random.default_rng(task.seed)
         tokens = tuple(draw.integers(3, 300, RESPONSE).tolist())
-        part = 1 - float(os.environ.get(SPREAD, "0")) * draw.random()
-        await asyncio.sleep(float(os.environ.get(SECONDS, "0")) * part)
+        await asyncio.sleep(sample_seconds(task.prompt_id, task.index, task.seed))
         logprobs = (-1.0,) * RESPONSE
         version = self._version
         return Rollout(task.prompt_id, task.index, tokens, 0, logprobs, version, "length", "")

@@ -52,6 +52,7 @@ BENCHMARKS = {
     "B7": Benchmark("b07_weight_sync", "weight sync", 270),
     "B8": Benchmark("b08_logit_memory", "logit memory", 180),
     "B9": Benchmark("b09_prefixes", "prefix reuse, price of being hybrid", 180),
+    "B10": Benchmark("b10_tails", "tails", 100),
     "B11": Benchmark("b11_growth", "growth of cost", 300),
     "B12": Benchmark("b12_rewards", "rewards", 270),
     "B13": Benchmark("b13_start", "start, resume, checkpoint", 600),
