@@ -71,7 +71,8 @@ def slope(samples: list[Usage], name: str) -> float:
 
 
 @pytest.mark.long
-def test_f33_a_long_run_stays_flat(tiny_model, tmp_path, measured):
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_f33_a_long_run_stays_flat(staleness, tiny_model, tmp_path, measured):
     rows = [{"prompt": f"{i} + 1 =", "answer": str(i + 1), "demonstration": "1"} for i in range(64)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "parity.py").write_text(
@@ -81,11 +82,12 @@ def test_f33_a_long_run_stays_flat(tiny_model, tmp_path, measured):
         tiny_model,
         run={"name": "flat"},
         reward=no_verifier("parity:grade"),
-        loop={"steps": STEPS, "prompts_per_step": 2},
+        loop={"steps": STEPS, "prompts_per_step": 2, "staleness": staleness},
         eval={"num_prompts": 2},
         checkpoint={"every": 20},
     )
     recipe["algorithm"] |= {"rollouts_per_prompt": 2, "expert_rows_per_step": 1}
+    recipe["algorithm"] |= {"sampler_ratio_cap": 2.0}
     path, metrics = (
         write_recipe(tmp_path, "flat.yaml", recipe),
         tmp_path / "runs/flat/metrics.jsonl",
@@ -113,6 +115,6 @@ def test_f33_a_long_run_stays_flat(tiny_model, tmp_path, measured):
     assert abs(found["threads"]) < 1 / STEPS
     measured(
         "F33",
-        f"{found['memory']:+.3f} MB a step of {samples[-1].memory:.0f} MB in all processes, "
+        f"staleness {staleness}: {found['memory']:+.3f} MB a step of {samples[-1].memory:.0f} MB in all processes, "
         f"object store {found['shared']:+.3f} MB, descriptors +0, threads +0",
     )
