@@ -294,6 +294,9 @@ class AlgorithmBase(ABC):
     def plan(self, prompts: Sequence[Prompt], experts: Sequence[Prompt], step: int) -> StepPlan:
         return StepPlan(tuple(self.request(prompt) for prompt in prompts), tuple(experts))
 
+    def first_rows(self, plan: StepPlan, step: int) -> Update | None:
+        return None
+
     def follow_up(
         self, rounds: Sequence[Sequence[RolloutGroup]], step: int, draw: DrawFn
     ) -> Sequence[RolloutRequest]:

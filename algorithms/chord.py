@@ -23,10 +23,21 @@ from typing import Literal
 from pydantic import Field
 
 from ..engine.contracts import LossFn, Need
-from ..engine.types import LossOutput, PolicyOutput, Prompt, Source, StepPlan, TrainBatch
+from ..engine.types import (
+    LossOutput,
+    PolicyOutput,
+    Prompt,
+    Source,
+    StepPlan,
+    TrainBatch,
+    Update,
+)
 from .base import AlgorithmBase, may_run_ahead, surrogate_needs, surrogate_only
 from .hybrid import HybridFields, hybrid_loss
 from .schedules import warmup_cosine
+
+FIRST_ROWS_NEED = frozenset[Need]({"old_logprobs", "entropy", "demonstrations"})
+"""What can be had of rows before the others are there."""
 
 
 class ChordConfig(HybridFields):
@@ -77,3 +88,12 @@ class Chord(AlgorithmBase):
         """Where mu is 0 the expert rows would have no effect, so they are left out."""
         plan = super().plan(prompts, experts, step)
         return plan if self.coefs(step)["mu"] > 0 else StepPlan(plan.requests)
+
+    def first_rows(self, plan: StepPlan, step: int) -> Update | None:
+        """The demonstrations, which have a denominator of their own."""
+        config = self.config
+        shares_denominator = config.entropy_coef > 0 and config.entropy_scope == "all"
+        if shares_denominator or self.needs["main"] - FIRST_ROWS_NEED or not plan.experts:
+            return None
+        rows = self.credit(self.demonstration_rows(plan.experts))
+        return self.update(rows, self.coefs(step))

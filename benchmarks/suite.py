@@ -45,17 +45,17 @@ class Benchmark:
 BENCHMARKS = {
     "B1": Benchmark("b01_trl", "against TRL", 720),
     "B2": Benchmark("b02_learner", "learner efficiency", 240),
-    "B3": Benchmark("b03_rollouts", "rollout efficiency", 360),
-    "B4": Benchmark("b04_overlap", "overlap", 280),
+    "B3": Benchmark("b03_rollouts", "rollout efficiency", 320),
+    "B4": Benchmark("b04_overlap", "overlap", 230),
     "B5": Benchmark("b05_orchestration", "orchestration", 220),
     "B6": Benchmark("b06_packing", "padding and balance", 90),
     "B7": Benchmark("b07_weight_sync", "weight sync", 270),
     "B8": Benchmark("b08_logit_memory", "logit memory", 180),
     "B9": Benchmark("b09_prefixes", "prefix reuse, price of being hybrid", 180),
-    "B10": Benchmark("b10_tails", "tails", 100),
-    "B11": Benchmark("b11_growth", "growth of cost", 300),
+    "B10": Benchmark("b10_tails", "tails", 70),
+    "B11": Benchmark("b11_growth", "growth of cost", 260),
     "B12": Benchmark("b12_rewards", "rewards", 270),
-    "B13": Benchmark("b13_start", "start, resume, checkpoint", 600),
+    "B13": Benchmark("b13_start", "start, resume, checkpoint", 540),
 }
 
 

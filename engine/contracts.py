@@ -120,6 +120,14 @@ class Algorithm(Protocol):
         """Driver: decide who is rolled out (how often, with which prefix) and whose demonstration trains."""
         ...
 
+    def first_rows(self, plan: StepPlan, step: int) -> Update | None:
+        """Driver, before the rollouts: rows of the step's update whose gradient no rollout changes; None: no such rows.
+
+        They have no POLICY token, `assemble` returns the same rows under the same loss and coefficients, and no
+        component has a denominator that counts them together with others.
+        """
+        ...
+
     def follow_up(
         self, rounds: Sequence[Sequence[RolloutGroup]], step: int, draw: DrawFn
     ) -> Sequence[RolloutRequest]:
@@ -331,6 +339,13 @@ class Learners(Protocol):
         remember: RememberFn | None = None,
     ) -> Sequence[UpdateReport]:
         """Minibatches x epochs optimizer steps; `prepare` sees each whole minibatch first, `remember` last."""
+        ...
+
+    def begin(self, batch: TrainBatch, update: Update) -> None:
+        """Add the gradient of rows (`Algorithm.first_rows`) to that of the next update, which leaves them out.
+
+        That update must be one optimizer step, and hold the same rows; LearnerError where it does not.
+        """
         ...
 
     def compare_gradients(

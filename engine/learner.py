@@ -34,7 +34,7 @@ from .model_state import add_model, add_reference, restore_model, restore_refere
 from .parameter_selection import make_mask
 from .rendezvous import join_ranks
 from .state_writer import StateWriter
-from .step_sums import REMEDY, derived_metrics, not_finite
+from .step_sums import REMEDY, derived_metrics, diagnostics, not_finite
 from .types import (
     PolicyOutput,
     Source,
@@ -138,6 +138,8 @@ class LearnerWorker:
         self.critic: ModelEngine | None = None
         if any(need & {"values", "new_values"} for need in needs.values()):
             self.critic = ModelEngine(load_critic(model_path, config), config, "critic")
+        self._begun: dict[str, Tensor] = {}
+        """Sums over the micro-batches of `begin`; their gradients are in the engine."""
         self.sender: WeightSender | None = None
         self.writer = StateWriter()
 
@@ -203,6 +205,12 @@ class LearnerWorker:
         return [row[1:].tolist() for row in logprobs.split(batch.row_starts.diff().tolist())]
 
     # -- one optimizer step --------------------------------------------------------------------
+
+    def begin(
+        self, micro_batches: Sequence[TrainBatch], loss_name: str, coefs: Mapping[str, float]
+    ) -> None:
+        """Accumulate the gradients of a minibatch's first micro-batches; `step` gets the others."""
+        self._begun = self._run(micro_batches, loss_name, coefs, ends=False)
 
     def step(
         self,
@@ -288,6 +296,23 @@ class LearnerWorker:
         only: Source | None = None,
     ) -> dict[str, float]:
         """Forward and backward of every micro-batch; metrics summed over micro-batches and ranks."""
+        begun, self._begun = self._begun, {}
+        totals = self._run(micro_batches, loss_name, coefs, only)
+        sums = self._sum_over_ranks(
+            {n: totals.get(n, 0) + begun.get(n, 0) for n in {*totals, *begun}}
+        )
+        return derived_metrics(sums) if self._trained_by(loss_name) is self.engine else sums
+
+    def _run(
+        self,
+        micro_batches: Sequence[TrainBatch],
+        loss_name: str,
+        coefs: Mapping[str, float],
+        only: Source | None = None,
+        *,
+        ends: bool = True,
+    ) -> dict[str, Tensor]:
+        """Forward and backward; metrics summed over these micro-batches. `ends`: the optimizer step follows."""
         loss_fn, needs, engine = (
             self.losses[loss_name],
             self.needs[loss_name],
@@ -303,14 +328,13 @@ class LearnerWorker:
             if only is not None:
                 out = keep_source(out, batch, only)
             result = loss_fn(out, batch, coefs)
-            engine.backward(result.loss, last=i == len(micro_batches) - 1)
+            engine.backward(result.loss, last=ends and i == len(micro_batches) - 1)
             measured = {"loss": result.loss, **result.metrics}
             if engine is self.engine:
-                measured |= self._diagnostics(batch, out.logprobs.detach())
+                measured |= diagnostics(batch, out.logprobs.detach(), engine.module.hidden_grads)
             for name, value in measured.items():
                 totals[name] = totals.get(name, 0) + value.detach().double()
-        sums = self._sum_over_ranks(totals)
-        return derived_metrics(sums) if engine is self.engine else sums
+        return totals
 
     def _output(
         self, engine: ModelEngine, batch: TrainBatch, needs: frozenset[Need]
@@ -320,29 +344,6 @@ class LearnerWorker:
             values = engine(batch)
             return PolicyOutput(torch.full_like(values, torch.nan), values=values)
         return engine(batch, needs).to_policy_output(engine.module.vocabulary)
-
-    def _diagnostics(self, batch: TrainBatch, logprobs: Tensor) -> dict[str, Tensor]:
-        """Sums over this micro-batch that `derived_metrics` turns into metrics once they are added over ranks.
-
-        Gradients are those of the last hidden states: they come for free, and separate by who wrote the token. Where
-        nothing recorded the learner's log-probs before the update, the gap to the sampler is that of the current ones.
-        """
-        zero = torch.zeros((), device=self.device, dtype=torch.float64)
-        names = ("grad_sq_policy", "grad_sq_expert", "gap_sum", "gap_tokens")
-        sums: dict[str, Tensor] = dict.fromkeys(names, zero)
-        targets = batch.trained.nonzero().squeeze(-1)
-        grads = self.engine.module.hidden_grads
-        if grads and len(targets):
-            squares = grads[-1].double().pow(2).sum(-1)
-            source = batch.source[targets]
-            sums["grad_sq_policy"] = squares[source == Source.POLICY].sum()
-            sums["grad_sq_expert"] = squares[source == Source.EXPERT].sum()
-        grads.clear()
-        before = logprobs if batch.old_logprobs is None else batch.old_logprobs
-        known = batch.is_trained(Source.POLICY) & batch.rollout_logprobs.isfinite()
-        gap = (before - batch.rollout_logprobs)[known].abs().double()
-        sums["gap_sum"], sums["gap_tokens"] = gap.sum(), known.sum().double()
-        return sums
 
     def _sum_over_ranks(self, totals: Mapping[str, Tensor]) -> dict[str, float]:
         names = sorted(totals)

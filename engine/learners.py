@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -77,6 +78,31 @@ class InProcessRank:
         self.worker.close()
 
 
+@dataclass(frozen=True)
+class Begun:
+    """Rows whose gradient is there before the step's other rows are."""
+
+    batch: TrainBatch
+    loss: str
+    coefs: Mapping[str, float]
+    tokens: int
+    """Of the forward passes."""
+
+    def is_same(self, rows: TrainBatch, loss: str, coefs: Mapping[str, float]) -> bool:
+        """Whether these rows, of a larger minibatch, have the gradient that was begun."""
+        mine, other = self.batch, rows.denom
+        counts = (mine.denom.expert_tokens, mine.denom.expert_rows)
+        return (
+            (loss, coefs) == (self.loss, self.coefs)
+            and counts == (other.expert_tokens, other.expert_rows)
+            and torch.equal(mine.row_starts, rows.row_starts)
+            and all(
+                torch.equal(getattr(mine, name), getattr(rows, name))
+                for name in ("input_ids", "source", "weights", "advantages")
+            )
+        )
+
+
 class LearnerGroup:
     """Implements contracts.Learners over any Ranks."""
 
@@ -97,6 +123,9 @@ class LearnerGroup:
         self.total_steps, self.seed, self.route = total_steps, seed, route
         self._skipped_in_a_row = 0
         self._receivers: list[Any] | None = None
+        self._begun: Begun | None = None
+        self._one_call = threading.Lock()
+        """Rows may begin while the pool brings a new worker to the present weights."""
 
     def annotate(
         self, batch: TrainBatch, needs: frozenset[Need], *, single: bool, loss: str | None = None
@@ -132,7 +161,7 @@ class LearnerGroup:
         computed = live.nonzero().squeeze(-1).tolist()
         marked = self._mark(select(batch, computed))
         parts = self._parts(marked).plans
-        answers = self.ranks.call(
+        answers = self._call(
             "annotate", [([select(marked, rows) for rows in plan], wanted) for plan in parts]
         )
         absent = ~live[batch.row_ids]
@@ -181,6 +210,35 @@ class LearnerGroup:
                         remember(minibatch)
         return reports
 
+    def begin(self, batch: TrainBatch, update: Update) -> None:
+        """Each rank accumulates its part; where the update's rows turn out to be others, its step raises."""
+        marked = self._mark(batch)
+        parts = self._parts(marked)
+        cut = [[select(marked, rows) for rows in plan] for plan in parts.plans]
+        self._call("begin", [(mine, update.loss, update.coefs) for mine in cut])
+        self._begun = Begun(batch, update.loss, update.coefs, sum(parts.tokens))
+
+    def _less_begun(
+        self, minibatch: TrainBatch, loss: str, coefs: Mapping[str, float]
+    ) -> tuple[TrainBatch, int]:
+        """The rows that were not begun, with the denominators of all, and the tokens that the others were."""
+        begun, self._begun = self._begun, None
+        if begun is None:
+            return minibatch, 0
+        policy = torch.zeros(minibatch.num_rows, dtype=torch.bool)
+        policy[minibatch.row_ids[minibatch.source == Source.POLICY]] = True
+        first = select(minibatch, (~policy).nonzero().squeeze(-1).tolist())
+        if not begun.is_same(first, loss, coefs):
+            raise LearnerError(
+                f"update {loss!r} does not hold the rows that were begun for it (Algorithm.first_rows): it has "
+                f"{first.num_rows} rows without policy tokens, {begun.batch.num_rows} were begun"
+            )
+        return select(minibatch, policy.nonzero().squeeze(-1).tolist()), begun.tokens
+
+    def _call(self, method: str, per_rank: Sequence[tuple[Any, ...]]) -> list[Any]:
+        with self._one_call:
+            return self.ranks.call(method, per_rank)
+
     def _count_skipped(self, report: UpdateReport, step: int) -> None:
         """Raises LearnerError where `learner.max_skipped_updates` in a row were left out."""
         self._skipped_in_a_row = 0 if report.applied else self._skipped_in_a_row + 1
@@ -218,7 +276,7 @@ class LearnerGroup:
             for calls, plan in zip(per_rank, self._parts(batch).plans, strict=True):
                 micro_batches = [select(batch, rows) for rows in plan]
                 calls.append((micro_batches, probe.loss, probe.coefs, probe.only))
-        answers = self.ranks.call("compare_gradients", [(calls,) for calls in per_rank])
+        answers = self._call("compare_gradients", [(calls,) for calls in per_rank])
         gram, metrics = answers[0]
         names = tuple(probe.name for probe in probes)
         return GradientComparison(names, tuple(map(tuple, gram)), tuple(metrics))
@@ -253,9 +311,10 @@ class LearnerGroup:
         rate: float,
         optimizer: str,
     ) -> UpdateReport:
-        live = self._with_gradient(minibatch, loss)
+        rest, begun_tokens = self._less_begun(minibatch, loss, coefs)
+        live = self._with_gradient(rest, loss)
         parts = self._parts(live)
-        report = self.ranks.call(
+        report = self._call(
             "step",
             [
                 ([select(live, rows) for rows in plan], loss, coefs, rate, optimizer)
@@ -266,10 +325,10 @@ class LearnerGroup:
         trained = {"policy": policy, "expert": int(minibatch.is_trained(Source.EXPERT).sum())}
         if report.model == "critic":
             trained = {"critic": policy}
-        left_out = minibatch.num_tokens - live.num_tokens
-        tokens = {**trained, "computed": sum(parts.tokens), "left_out": left_out}
+        computed = sum(parts.tokens) + begun_tokens
+        tokens = {**trained, "computed": computed, "left_out": rest.num_tokens - live.num_tokens}
         facts: dict[str, float] = {
-            "left_out_rows": minibatch.num_rows - live.num_rows,
+            "left_out_rows": rest.num_rows - live.num_rows,
             "rank_imbalance": parts.imbalance,
         }
         if "old_logprobs" in self.needs[loss]:
@@ -291,7 +350,7 @@ class LearnerGroup:
         return partition(batch, self.ranks.world_size, self.config.max_tokens_per_micro_batch)
 
     def _all(self, method: str, *args: Any) -> list[Any]:
-        return self.ranks.call(method, [args] * self.ranks.world_size)
+        return self._call(method, [args] * self.ranks.world_size)
 
     def refresh_reference(self) -> None:
         self._all("refresh_reference")
@@ -323,7 +382,7 @@ class LearnerGroup:
         self._all("export", folder)
 
     def restart(self) -> None:
-        self._receivers, self._skipped_in_a_row = None, 0
+        self._receivers, self._skipped_in_a_row, self._begun = None, 0, None
         self.ranks.restart()
 
     def status(self) -> Sequence[Mapping[str, Any]]:

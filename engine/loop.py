@@ -9,9 +9,9 @@ It knows no algorithm, no Ray and no vLLM: everything comes through the Protocol
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NoReturn
@@ -234,7 +234,8 @@ def take_step(
     draws, experts = planned.draws, planned.experts
 
     # 2. Experience in one or several rounds, scored while it streams in. A supervised step has none.
-    rounds = rollout_rounds(parts, planned, state)
+    with trained_beside(config, parts, planned, step):
+        rounds = rollout_rounds(parts, planned, state)
     groups = [group for _, found in rounds for group in found]
     reach("step.journaled")
     settle(parts)  # it was written while the samplers worked
@@ -254,6 +255,30 @@ def take_step(
     outcomes = account(draws.prompts, draws.repeated, groups, reports, reasons)
     expert_outcomes = account(experts, (), groups, reports, reasons)
     return StepDone(planned, rounds, updates, reports, ledger, outcomes, expert_outcomes, following)
+
+
+@contextmanager
+def trained_beside(config: LoopConfig, parts: Parts, planned: Planned, step: int) -> Iterator[None]:
+    """Train the rows that no rollout changes while the samplers work; their gradient waits for that of the others."""
+    first = parts.algorithm.first_rows(planned.plan, step)
+    if (
+        first is None
+        or first.minibatches * first.epochs > 1
+        or due(step, config.gradient_every)  # measured in between, at the same weights
+    ):
+        yield
+        return
+    with ThreadPoolExecutor(1, "plait-first-rows") as thread:
+        begun = thread.submit(begin_rows, parts, first)
+        yield
+        with parts.log.phase("wait_for_update"):
+            begun.result()
+
+
+def begin_rows(parts: Parts, first: Update) -> None:
+    started = time.perf_counter()
+    parts.learners.begin(collate(first.samples), first)
+    parts.log.took("update", time.perf_counter() - started)
 
 
 def train_on(

@@ -42,6 +42,7 @@ def test_uft_shows_whole_pieces_and_never_the_last():
     assert [len(r.prefix) for r in plan.requests] == [5, 5, 5, 0]
     assert [r.n for r in plan.requests] == [4] * 4
     assert plan.requests[0].prefix == PROMPTS[0].demonstrations[0].token_ids[:5]
+    algorithm.assemble(plan, [], 0)
     assert algorithm.metrics() == {"hint_share": 0.75, "hinted_rows": 0.75}
     short = build("uft", replace(SETUP, sampling=Sampling(5)), hint_probability_low=1.0)
     assert [len(r.prefix) for r in short.plan(PROMPTS, [], 0).requests] == [3, 3, 3]
