@@ -13,8 +13,10 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-OUTSIDE = ("rollout", "update", "sync")
-"""Phases in which workers work."""
+OUTSIDE = ("rollout", "wait_for_update", "update", "sync")
+"""Phases in which workers work, one after the other."""
+BESIDE = "first_rows"
+"""While the samplers work."""
 
 
 def quickstart_steps(steps: int, *overrides: str) -> list[dict[str, Any]]:
@@ -39,7 +41,9 @@ def share_of_steps(rows: list[dict[str, Any]], phase: str) -> list[float]:
     """Of each step; `phase`: "sync", or "control" for what is left when the workers' phases are taken off."""
     if phase != "control":
         return [row[f"time/{phase}"] / row["time/step"] for row in rows]
-    return [1 - sum(row[f"time/{name}"] for name in OUTSIDE) / row["time/step"] for row in rows]
+    return [
+        1 - sum(row.get(f"time/{name}", 0.0) for name in OUTSIDE) / row["time/step"] for row in rows
+    ]
 
 
 def phases(rows: list[dict[str, Any]]) -> list[str]:
@@ -49,7 +53,8 @@ def phases(rows: list[dict[str, Any]]) -> list[str]:
     step = median(row["time/step"] for row in rows)
     seconds = {name: median(row[f"time/{name}"] for row in rows) for name in named}
     seconds["between phases"] = median(
-        row["time/step"] - sum(row[f"time/{name}"] for name in named) for row in rows
+        row["time/step"] - sum(row[f"time/{name}"] for name in named if name != BESIDE)
+        for row in rows
     )
     lines = [f"| {name} | {s:.2f} | {s / step:.1%} |" for name, s in seconds.items()]
     head = ["| phase | seconds | share |", "|---|---|---|"]

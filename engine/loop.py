@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -65,6 +65,8 @@ class Parts:
     """None: what was sampled is lost with the process."""
     stop: StopRequest = field(default_factory=StopRequest)
     """Asked by signal handlers."""
+    beside: Executor = field(default_factory=partial(ThreadPoolExecutor, 1, "plait-learner"))
+    """One thread, in which the learner works while this one has the samplers work."""
 
 
 def train(config: LoopConfig, evaluation: EvalConfig, sampling: Sampling, parts: Parts) -> RunState:
@@ -268,17 +270,19 @@ def trained_beside(config: LoopConfig, parts: Parts, planned: Planned, step: int
     ):
         yield
         return
-    with ThreadPoolExecutor(1, "plait-first-rows") as thread:
-        begun = thread.submit(begin_rows, parts, first)
+    begun = parts.beside.submit(begin_rows, parts, first)
+    try:
         yield
+    finally:
         with parts.log.phase("wait_for_update"):
-            begun.result()
+            wait([begun])
+    begun.result()
 
 
 def begin_rows(parts: Parts, first: Update) -> None:
     started = time.perf_counter()
     parts.learners.begin(collate(first.samples), first)
-    parts.log.took("update", time.perf_counter() - started)
+    parts.log.took("first_rows", time.perf_counter() - started)
 
 
 def train_on(
@@ -288,15 +292,20 @@ def train_on(
     if following is None or following.draws.journaled is not None or not following.plan.requests:
         with parts.log.phase("update"):
             return apply_updates(parts, updates, step)
-    with ThreadPoolExecutor(1, "plait-update") as thread:
-        started = time.perf_counter()
-        training = thread.submit(apply_updates, parts, updates, step)
-        training.add_done_callback(
-            lambda _: parts.log.took("update", time.perf_counter() - started)
-        )
+    training = parts.beside.submit(update_beside, parts, updates, step)
+    try:
         sample_ahead(parts, following, training)
+    finally:
         with parts.log.phase("wait_for_update"):
-            return training.result()
+            wait([training])
+    return training.result()
+
+
+def update_beside(parts: Parts, updates: Sequence[Update], step: int) -> list[UpdateReport]:
+    started = time.perf_counter()
+    reports = apply_updates(parts, updates, step)
+    parts.log.took("update", time.perf_counter() - started)
+    return reports
 
 
 def apply_updates(parts: Parts, updates: Sequence[Update], step: int) -> list[UpdateReport]:
