@@ -267,7 +267,12 @@ class LearnerGroup:
     def compare_gradients(
         self, probes: Sequence[GradientProbe], *, step: int, prepare: PrepareFn | None = None
     ) -> GradientComparison:
-        """Each probe's batch is cut over ranks and micro-batches as a step of one minibatch would cut it."""
+        """Each probe's batch is cut over ranks and micro-batches as a step of one minibatch would cut it.
+
+        Raises LearnerError after `begin`, whose gradient would be in all of them.
+        """
+        if self._begun is not None:
+            raise LearnerError("gradients cannot be measured between `begin` and the update")
         per_rank: list[list[Any]] = [[] for _ in range(self.ranks.world_size)]
         for probe in probes:
             batch = self._mark(self._seed_rows(probe.batch, step, epoch=0))

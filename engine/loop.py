@@ -236,7 +236,9 @@ def take_step(
     draws, experts = planned.draws, planned.experts
 
     # 2. Experience in one or several rounds, scored while it streams in. A supervised step has none.
-    with trained_beside(config, parts, planned, step):
+    first = first_rows(parts, planned, step)
+    measures = due(step, config.gradient_every)
+    with trained_beside(parts, None if measures else first):
         rounds = rollout_rounds(parts, planned, state)
     groups = [group for _, found in rounds for group in found]
     reach("step.journaled")
@@ -247,7 +249,9 @@ def take_step(
     updates = algorithm.assemble(planned.plan, groups, step)
 
     # 4. One or several optimizer phases: RL, SFT, or both.
-    ledger = measure_gradients(parts, updates, step, by_source=due(step, config.gradient_every))
+    ledger = measure_gradients(parts, updates, step, by_source=measures)
+    if measures and first is not None:
+        begin_rows(parts, first)
     following = plan_step(config, parts, state, ahead=1) if ahead else None
     reports = train_on(parts, updates, step, following)
     reach("step.updated")
@@ -259,15 +263,16 @@ def take_step(
     return StepDone(planned, rounds, updates, reports, ledger, outcomes, expert_outcomes, following)
 
 
-@contextmanager
-def trained_beside(config: LoopConfig, parts: Parts, planned: Planned, step: int) -> Iterator[None]:
-    """Train the rows that no rollout changes while the samplers work; their gradient waits for that of the others."""
+def first_rows(parts: Parts, planned: Planned, step: int) -> Update | None:
+    """Rows that no rollout changes, where one optimizer step takes the whole update."""
     first = parts.algorithm.first_rows(planned.plan, step)
-    if (
-        first is None
-        or first.minibatches * first.epochs > 1
-        or due(step, config.gradient_every)  # measured in between, at the same weights
-    ):
+    return None if first is None or first.minibatches * first.epochs > 1 else first
+
+
+@contextmanager
+def trained_beside(parts: Parts, first: Update | None) -> Iterator[None]:
+    """Train the first rows while the samplers work; their gradient waits for that of the others."""
+    if first is None:
         yield
         return
     begun = parts.beside.submit(begin_rows, parts, first)

@@ -75,6 +75,8 @@ class Log:
 
     def begin(self, state, steps): ...
 
+    def took(self, name, seconds): ...
+
     def phase(self, name):
         return nullcontext()
 
