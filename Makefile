@@ -3,6 +3,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PINS := requirements/cpu.lock
+# Tests of layers that inject a fault of the catalogue stand with their layer.
+FAULTS := tests/faults tests/algorithms/test_bad_traces.py tests/data/test_bad_rows.py tests/data/test_escapes.py \
+	tests/model/test_remote_code.py tests/rewards/test_isolation.py tests/rewards/test_load.py \
+	tests/rewards/test_math.py tests/rewards/test_scorer.py
 STAMP := .venv/installed-$(shell cat $(PINS) pyproject.toml | sha256sum | cut -c1-16)
 
 .PHONY: help setup quickstart test faults bench peer-trl lint format check-gpu-requirements clean
@@ -27,8 +31,7 @@ test: $(STAMP) ## Run the tests but for the long faults; those that need a GPU s
 
 faults: $(STAMP) ## Run the whole catalogue of faults, the long ones too, and write docs/reliability.md.
 	rm -rf build/faults && mkdir -p build/faults
-	PLAIT_FAULTS_REPORT=$(CURDIR)/build/faults $(BIN)/python -m pytest tests/faults tests/rewards tests/data \
-		tests/model/test_remote_code.py tests/algorithms/test_bad_traces.py -m "long or not long"
+	PLAIT_FAULTS_REPORT=$(CURDIR)/build/faults $(BIN)/python -m pytest $(FAULTS) -m "long or not long"
 	$(BIN)/python tests/faults/write_table.py build/faults docs/reliability.md
 
 bench: $(STAMP) peer-trl ## Measure everything and write docs/benchmarks.md; takes up to an hour.
