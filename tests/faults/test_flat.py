@@ -116,6 +116,7 @@ def test_f33_a_long_run_stays_flat(staleness, tiny_model, tmp_path, measured):
     assert abs(found["threads"]) < 1 / STEPS
     measured(
         "F33",
-        f"staleness {staleness}, steps {WARM} to {STEPS}: {found['memory']:+.3f} MB a step of {samples[-1].memory:.0f} MB in all processes, "
-        f"object store {found['shared']:+.3f} MB, descriptors +0, threads +0",
+        f"staleness {staleness}, steps {WARM} to {STEPS}: {found['memory']:+.3f} MB a step of "
+        f"{samples[-1].memory:.0f} MB in all processes, object store {found['shared']:+.3f} MB, "
+        "descriptors +0, threads +0",
     )
