@@ -64,11 +64,14 @@ class ParityScorer:
         requests: Sequence[RolloutRequest],
         rollouts: Iterable[Rollout],
         earlier: Sequence[RolloutGroup] = (),
+        *,
+        num_groups: int | None = None,
     ) -> list[RolloutGroup]:
         groups, scores = ExpectedGroups(requests), {}
         for rollout in rollouts:
             groups.admit(rollout)
             scores[rollout.prompt_id, rollout.index] = Score.ok(float(rollout.token_ids[0] % 2))
+        groups.check_complete(num_groups)
         return groups.grouped(scores)
 
 

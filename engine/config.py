@@ -30,6 +30,9 @@ class LoopConfig(Section):
     staleness: Literal[0, 1] = 0
     """Updates that the weights may take between a rollout and the update that trains it. 1: the next step is sampled
     while this one trains, but not across a checkpoint or an evaluation; needs `algorithm.sampler_ratio_cap`."""
+    extra_prompts: int = Field(default=0, ge=0)
+    """Over-sampling: prompts rolled out beyond prompts_per_step. A step trains the first prompts_per_step of which all
+    rollouts are complete; the others go on in the next one. Needs `algorithm.sampler_ratio_cap`."""
     save_batch_every: int = Field(default=0, ge=0)
     """Each so many steps, write the step's prompts, demonstrations and scored rollouts to batches/ for `plait ask`. 0:
     never."""
@@ -49,6 +52,20 @@ class LoopConfig(Section):
             raise ValueError(
                 f"loop.prompts_per_minibatch = {per_minibatch} does not divide "
                 f"loop.prompts_per_step = {self.prompts_per_step}; choose a divisor"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _extra_prompts_fit(self) -> "LoopConfig":
+        if self.extra_prompts > self.prompts_per_step:
+            raise ValueError(
+                f"loop.extra_prompts = {self.extra_prompts} is more than loop.prompts_per_step = "
+                f"{self.prompts_per_step}: a prompt would wait for several steps; lower it"
+            )
+        if self.extra_prompts and self.staleness:
+            raise ValueError(
+                f"loop.extra_prompts = {self.extra_prompts} leaves samples for the next step, which loop.staleness = 1 "
+                "has sampled by then; set one of them to 0"
             )
         return self
 

@@ -230,7 +230,15 @@ class RolloutPool(Protocol):
     ) -> Generator[Rollout, None, None]:
         """Yield every requested rollout once, as it finishes; `step` only enters the seeds.
 
-        Closing the generator early aborts what is in flight.
+        Those that a request says are finished come first, begun ones go on from their last token. Closing the
+        generator early aborts what is in flight.
+        """
+        ...
+
+    def interrupt(self) -> Sequence[Rollout]:
+        """End the `generate` that is under way: what finished meanwhile, and unfinished samples as far as they came.
+
+        The latter have finish_reason "abort"; a sample without a token is left out.
         """
         ...
 
@@ -297,9 +305,12 @@ class Scorer(Protocol):
         requests: Sequence[RolloutRequest],
         rollouts: Iterable[Rollout],
         earlier: Sequence[RolloutGroup] = (),
+        *,
+        num_groups: int | None = None,
     ) -> Sequence[RolloutGroup]:
         """Score rollouts while they stream in; one group a distinct prompt, in request order.
 
+        `num_groups`: so many prompts come, each of them complete; None: all.
         `earlier`: groups of the step's earlier rounds, which share its budget of UNKNOWN scores.
         """
         ...

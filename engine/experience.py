@@ -83,7 +83,7 @@ class RolloutRequest:
     """n rollouts of one prompt, each starting with the forced tokens of `prefix` (usually none).
 
     `first_index` numbers the rollouts when one prompt has several requests in a round (plain and prefixed ones); the
-    loop adds the number of its rollouts in earlier rounds.
+    loop adds the number of its rollouts in earlier rounds. `begun` holds what an earlier step sampled of them.
     """
 
     prompt: Prompt
@@ -91,11 +91,13 @@ class RolloutRequest:
     sampling: Sampling
     prefix: TokenIds = ()
     first_index: int = 0
+    begun: tuple[Rollout, ...] = ()
+    """Finished rollouts, and those with finish_reason "abort", which go on."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One finished sample. All of its generated tokens come from one `policy_version`.
+    """One sample. All its generated tokens come from one `policy_version`, but where it was begun in an earlier step.
 
     >>> Rollout("sums/0", 0, (20, 28, 2), 1, (-0.1, -0.2), 7, "stop", " 4").logprobs   # of 28 and 2
     (-0.1, -0.2)
@@ -109,6 +111,7 @@ class Rollout:
     logprobs: tuple[float, ...]
     """The sampler's, of the generated part only."""
     policy_version: int
+    """The oldest, where several had a part in it."""
     finish_reason: FinishReason
     text: str
 

@@ -32,16 +32,17 @@ from .recovery import Recovery
 from .run_state import RunState
 from .saved_batch import SavedBatch, save_rounds, to_bytes
 from .step_record import StepRecord, account, count_outcomes
-from .step_rollouts import Planned, Round, plan_step, rollout_rounds, sample_ahead
+from .step_rollouts import (
+    Planned,
+    Round,
+    plan_step,
+    rollout_rounds,
+    sample_ahead,
+    waiting_metrics,
+)
 from .stop import StopAsked, StopRequest
 from .sync_proof import SyncProof, Tolerance, digest, prove_sync
-from .types import (
-    RolloutGroup,
-    Sampling,
-    TrainBatch,
-    Update,
-    UpdateReport,
-)
+from .types import RolloutGroup, Sampling, TrainBatch, Update, UpdateReport
 
 LOGGING = "the log of the run cannot be written"
 
@@ -323,6 +324,8 @@ def record_step(config: LoopConfig, parts: Parts, state: RunState, done: StepDon
     rounds = [groups for _, groups in done.rounds]
     metrics = step_metrics(state, rounds, done.updates, done.reports, algorithm.metrics())
     metrics |= done.ledger | count_outcomes(done.outcomes) | dict(parts.data.metrics())
+    if config.extra_prompts:
+        metrics |= waiting_metrics(done.planned, state)
     with storage_errors(log.folder, LOGGING):
         log.step(state, done.groups, metrics)
         log.record(done.record(state))

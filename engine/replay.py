@@ -50,6 +50,9 @@ class NothingSampled:
             f"the journal does not hold the rollouts of step {step + 1}, so it cannot be repeated"
         )
 
+    def interrupt(self) -> Sequence[Rollout]:
+        return ()
+
     def receivers(self) -> Sequence[Any]:
         return ()
 

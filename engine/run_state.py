@@ -8,6 +8,7 @@ from typing import Any
 
 from .evaluation import EvalResult
 from .metrics import num_policy_steps
+from .over_sampling import Carried
 from .types import RolloutGroup, UpdateReport
 
 
@@ -42,6 +43,7 @@ class RunState:
     best_step: int | None = None
     best_accuracy: float | None = None
     """The best evaluation after a step, and that step; the first one of equals."""
+    carried: Carried = field(default_factory=Carried)
 
     def advance(self, reports: Sequence[UpdateReport]) -> bool:
         """Account for one finished step; weights that changed get a new version. Returns whether they did."""
@@ -85,4 +87,4 @@ class RunState:
             name: EvalResult(**values[name]) if values[name] else None
             for name in ("eval_before", "eval_after")
         }
-        return cls(**{**values, **evals})
+        return cls(**{**values, **evals, "carried": Carried.from_json(values.get("carried", {}))})

@@ -142,19 +142,24 @@ def unfed_by(section: str, algorithm: AlgorithmBase) -> list[Problem]:
 
 def unfit_for_staleness(recipe: Recipe) -> list[Problem]:
     """A method that cannot plan ahead, or would take rollouts of older weights for those of the present ones."""
-    staleness = recipe.loop.staleness
-    if not staleness:
+    loop = recipe.loop
+    field = "extra_prompts" if loop.extra_prompts else "staleness"
+    path, value = f"loop.{field}", getattr(loop, field)
+    if not value:
         return []
+    if loop.extra_prompts and recipe.run.deterministic:
+        message = "takes what is complete first, which no run repeats, and run.deterministic is true; use 0"
+        return [Problem(path, value, message)]
     algorithm, kind = recipe.build_algorithm(), recipe.algorithm.type
     if not algorithm.plans_ahead:
         message = f"{kind} plans a step by what became of the one before; use 0"
-        return [Problem("loop.staleness", staleness, message)]
+        return [Problem(path, value, message)]
     reads_ratio = any("old_logprobs" in needs for needs in algorithm.needs.values())
     if reads_ratio and getattr(recipe.algorithm, "sampler_ratio_cap", None) is None:
         message = "nothing corrects for rollouts of older weights; set algorithm.sampler_ratio_cap, for example 2.0"
         if not hasattr(recipe.algorithm, "sampler_ratio_cap"):
             message = f"{kind} has no correction for rollouts of older weights; use 0"
-        return [Problem("loop.staleness", staleness, message)]
+        return [Problem(path, value, message)]
     return []
 
 

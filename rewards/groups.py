@@ -48,8 +48,18 @@ class ExpectedGroups:
             self._pickled[prompt.prompt_id] = pickled(prompt)
         return self._pickled[prompt.prompt_id]
 
-    def check_complete(self) -> None:
-        """Raises RewardError naming the first prompt whose rollouts did not all arrive."""
+    def check_complete(self, num_groups: int | None = None) -> None:
+        """Raises RewardError naming the first prompt whose rollouts did not all arrive.
+
+        With `num_groups`, prompts of which nothing came are no longer expected, and so many others must be left.
+        """
+        if num_groups is not None:
+            came = {prompt_id for prompt_id, _ in self._arrived}
+            if len(came) != num_groups:
+                raise RewardError(
+                    f"the rollout pool ended after {len(came)} of {num_groups} prompts"
+                )
+            self._expected = {name: asked for name, asked in self._expected.items() if name in came}
         for prompt_id, indices in self._expected.items():
             missing = sorted(i for i in indices if (prompt_id, i) not in self._arrived)
             if missing:
@@ -64,8 +74,9 @@ class ExpectedGroups:
     def grouped(self, scores: Mapping[Key, Score]) -> list[RolloutGroup]:
         """One group for each prompt, in the order of the requests, rollouts ordered by index."""
         groups = []
-        for prompt_id, prompt in self._prompts.items():
-            keys = [(prompt_id, index) for index in sorted(self._expected[prompt_id])]
+        for prompt_id, indices in self._expected.items():
+            prompt = self._prompts[prompt_id]
+            keys = [(prompt_id, index) for index in sorted(indices)]
             rollouts = tuple(self._arrived[key] for key in keys)
             groups.append(RolloutGroup(prompt, rollouts, tuple(scores[key] for key in keys)))
         return groups

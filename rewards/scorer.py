@@ -79,8 +79,10 @@ class ProcessScorer:
         requests: Sequence[RolloutRequest],
         rollouts: Iterable[Rollout],
         earlier: Sequence[RolloutGroup] = (),
+        *,
+        num_groups: int | None = None,
     ) -> list[RolloutGroup]:
-        """Score each rollout's text as it arrives; return when all of them are scored.
+        """Score each rollout's text as it arrives; return when all of them are scored. See contracts.Scorer.
 
         Raises RewardError when rollouts are missing or unasked for, when more than `config.max_unknown_fraction`
         of the scores (and at least two), those of `earlier` groups included, are UNKNOWN, or when no process can be
@@ -97,7 +99,7 @@ class ProcessScorer:
                 lengths[key] = len(rollout.token_ids)
                 for part in range(1 + len(self._shaping)):
                     self._submit(call, (*key, part), prompt, groups.pickled(prompt), rollout.text)
-            groups.check_complete()
+            groups.check_complete(num_groups)
             call.wait()
         finally:
             unknown = call.abandon()

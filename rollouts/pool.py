@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -20,7 +20,7 @@ from ..engine.types import Rollout, RolloutRequest
 from .config import RolloutConfig
 from .crew import TICK, Crew, Loss, Member, explain
 from .engine_process import environment
-from .worker import RolloutWorker, SampleTask, WorkerProof, sample_seed
+from .worker import Begun, RolloutWorker, SampleTask, WorkerProof, sample_seed
 
 _CANCEL_SECONDS = 30.0
 _SIBLINGS = 8
@@ -73,6 +73,8 @@ class Pool:
         self._version: int | None = None
         """What a worker must be proved to serve; None: no weights were sent yet."""
         self._sync: Callable[[Sequence[Any]], object] | None = None
+        self._queue: deque[SampleTask] = deque()
+        """Samples that no worker was handed yet."""
         self._owed: dict[Any, _Owed] = {}
         self._homes: dict[str, Member] = {}
         """Where the samples of a prompt went last, in this round."""
@@ -115,12 +117,14 @@ class Pool:
     def generate(
         self, requests: Sequence[RolloutRequest], *, step: int
     ) -> Generator[Rollout, None, None]:
-        """Yield every requested rollout once, as it finishes; what a lost worker owed is drawn by another one.
+        """See contracts.RolloutPool; what a lost worker owed is drawn by another one.
 
         Raises RolloutError that names the prompt when a sample cannot be drawn or has lost `max_reissues` workers,
         Stalled when no worker can be had in time. Leaving the iterator early aborts what is still in flight.
         """
-        queue = deque(task for request in requests for task in self._tasks(request, step))
+        for request in requests:
+            yield from (one for one in request.begun if one.finish_reason != "abort")
+        queue = self._queue = deque(task for r in requests for task in self._tasks(r, step))
         issued: Counter[tuple[str, int]] = Counter()
         owed = self._owed = {}
         self._homes = {}
@@ -138,6 +142,25 @@ class Pool:
                 self._take_back(queue, owed, issued)
         finally:
             self._abandon(owed)
+
+    def interrupt(self) -> list[Rollout]:
+        """See contracts.RolloutPool. A worker that does not end its samples in time is lost, and they with it."""
+        begun = [rollout for task in self._queue for rollout in so_far(task)]
+        self._queue.clear()
+        for member in {one.member for one in self._owed.values() if not one.member.lost}:
+            member.actor.interrupt.remote()
+        deadline = time.monotonic() + _CANCEL_SECONDS
+        while self._owed:
+            for ref in finished(list(self._owed)):
+                if (rollout := self._collect(ref, self._owed)) is not None:
+                    begun.append(rollout)
+            for ref in [ref for ref, one in self._owed.items() if one.member.lost]:
+                begun += so_far(self._owed.pop(ref).task)
+            if time.monotonic() > deadline:
+                for member in {one.member for one in self._owed.values()}:
+                    late = f"{member.name} does not end its samples"
+                    self._crew.lose(member, late, silent=True)
+        return [rollout for rollout in begun if rollout.logprobs]
 
     def receivers(self) -> Sequence[Any]:
         """Handles of the workers that are up; waits while there is none, Stalled at the deadline."""
@@ -250,6 +273,8 @@ class Pool:
                 f"{one.task} was drawn by version {rollout.policy_version} at {one.member.name}, not "
                 f"by {self._version}"
             )
+        if one.task.begun is not None:
+            rollout = replace(rollout, policy_version=one.task.begun.policy_version)
         del owed[ref]
         one.member.outstanding -= 1
         one.member.finished += 1
@@ -335,7 +360,11 @@ class Pool:
 
     def _tasks(self, request: RolloutRequest, step: int) -> Iterator[SampleTask]:
         prompt = request.prompt
+        known = {one.index: one for one in request.begun}
         for index in range(request.first_index, request.first_index + request.n):
+            one = known.get(index)
+            if one is not None and one.finish_reason != "abort":
+                continue
             yield SampleTask(
                 prompt_id=prompt.prompt_id,
                 index=index,
@@ -344,7 +373,25 @@ class Pool:
                 sampling=request.sampling,
                 seed=sample_seed(self.seed, step, prompt.prompt_id, index),
                 stop_token_ids=self._stop_token_ids,
+                begun=None if one is None else begun_part(one),
             )
+
+
+def begun_part(rollout: Rollout) -> Begun:
+    generated = rollout.token_ids[rollout.prefix_len :]
+    return Begun(generated, rollout.logprobs, rollout.policy_version)
+
+
+def so_far(task: SampleTask) -> list[Rollout]:
+    """What is there of a sample that nobody draws on; nothing where it was not begun."""
+    begun = task.begun
+    if begun is None:
+        return []
+    tokens, length = (*task.prefix, *begun.token_ids), len(task.prefix)
+    version = begun.policy_version
+    return [
+        Rollout(task.prompt_id, task.index, tokens, length, begun.logprobs, version, "abort", "")
+    ]
 
 
 def finished(refs: Sequence[Any]) -> Sequence[Any]:

@@ -25,6 +25,16 @@ from .config import RolloutConfig
 from .engine_process import ACTOR_PID, EngineLog, engine_args, max_model_len
 
 _BEAT_SECONDS = 0.5
+_ABORT_SECONDS = 0.005
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """Generated tokens of an unfinished sample, after its prefix, and the policy version of the first."""
+
+    token_ids: TokenIds
+    logprobs: tuple[float, ...]
+    policy_version: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +53,8 @@ class SampleTask:
     """max_tokens bounds the whole response, forced prefix included."""
     seed: int
     stop_token_ids: TokenIds = ()
+    begun: Begun | None = None
+    """What is there of it already."""
 
     def __str__(self) -> str:
         return f"prompt {self.prompt_id} (index {self.index})"
@@ -84,6 +96,8 @@ class RolloutWorker:
         self._updates = 0
         self._requests = 0
         self._in_flight = 0
+        self._samples: set[str] = set()
+        """Ids of requests that `interrupt` ends."""
         self._refusal = f"rollout worker {name} has not been started"
         self._log = EngineLog()
         self._engine: Any = None
@@ -115,11 +129,17 @@ class RolloutWorker:
         self._refusal = ""
 
     async def generate(self, task: SampleTask) -> Rollout:
-        """Draw one sample. Raises RolloutError; cancelling the call aborts the request in the engine."""
+        """Draw one sample, or the rest of one. Raises RolloutError; cancelling the call aborts it in the engine.
+
+        After `interrupt` the sample is as far as it came, with finish_reason "abort".
+        """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        budget = task.sampling.max_tokens - len(task.prefix)
+        begun, known = (
+            ((), ()) if task.begun is None else (task.begun.token_ids, task.begun.logprobs)
+        )
+        budget = task.sampling.max_tokens - len(task.prefix) - len(begun)
         length = len(task.prompt) + task.sampling.max_tokens
         if budget < 1 or length > self._max_model_len:
             raise RolloutError(
@@ -138,27 +158,34 @@ class RolloutWorker:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        context = (*task.prompt, *task.prefix)
-        output = (await self._request(context, params, str(task))).outputs[0]
+        context = (*task.prompt, *task.prefix, *begun)
+        output = (await self._request(context, params, str(task), is_sample=True)).outputs[0]
         if output.finish_reason not in ("stop", "length", "abort"):
             raise RolloutError(
                 f"prompt {task.prompt_id}: vLLM ended the request with {output.finish_reason!r}"
             )
         generated = tuple(output.token_ids)
-        tokens = (*task.prefix, *generated)
+        drawn = tuple(
+            entry[token].logprob
+            for entry, token in zip(output.logprobs or (), generated, strict=True)
+        )
+        tokens = (*task.prefix, *begun, *generated)
         return Rollout(
             prompt_id=task.prompt_id,
             index=task.index,
             token_ids=tokens,
             prefix_len=len(task.prefix),
-            logprobs=tuple(
-                entry[token].logprob
-                for entry, token in zip(output.logprobs, generated, strict=True)
-            ),
+            logprobs=(*known, *drawn),
             policy_version=version,
             finish_reason=cast(FinishReason, output.finish_reason),
             text=self._tokenizer.decode(tokens, skip_special_tokens=True),
         )
+
+    async def interrupt(self) -> None:
+        """End all samples in flight where they are."""
+        while self._samples:
+            await self._engine.abort(list(self._samples))
+            await asyncio.sleep(_ABORT_SECONDS)  # one that vLLM does not know yet is ended next
 
     async def prove(self, version: int, probes: Sequence[Sequence[int]]) -> WorkerProof:
         """Evidence of what is served; a worker at another version answers so at once, without computing the rest.
@@ -244,8 +271,10 @@ class RolloutWorker:
         cause = self._log.cause() or "its EngineCore process was killed"
         return WorkerLost(f"vLLM died in rollout worker {self._name}: {cause}")
 
-    async def _request(self, tokens: TokenIds, params: Any, what: str) -> Any:
-        """Run one request to its end; `what` is its name in errors."""
+    async def _request(
+        self, tokens: TokenIds, params: Any, what: str, *, is_sample: bool = False
+    ) -> Any:
+        """Run one request to its end; `what` is its name in errors. `interrupt` ends samples."""
         from vllm.v1.engine.exceptions import EngineGenerateError
 
         with self._drawing():
@@ -254,7 +283,10 @@ class RolloutWorker:
                 "prompt_token_ids": list(tokens),
                 "cache_salt": f"update {self._updates}",
             }
-            outputs = self._engine.generate(prompt, params, str(self._requests))
+            name = str(self._requests)
+            outputs = self._engine.generate(prompt, params, name)
+            if is_sample:
+                self._samples.add(name)
             try:
                 return [output async for output in outputs][-1]
             except self._engine_dead as error:
@@ -264,6 +296,8 @@ class RolloutWorker:
                 raise RolloutError(
                     f"vLLM failed in rollout worker {self._name} at {what}: {cause!r}"
                 ) from error
+            finally:
+                self._samples.discard(name)
 
     @contextlib.contextmanager
     def _drawing(self) -> Iterator[None]:
