@@ -59,6 +59,9 @@ class Stream:
 class ParityScorer:
     """Scores at once, in this process; no group is uniform for long."""
 
+    last: Sequence[RolloutGroup] = ()
+    """What was scored last."""
+
     def score(
         self,
         requests: Sequence[RolloutRequest],
@@ -72,7 +75,8 @@ class ParityScorer:
             groups.admit(rollout)
             scores[rollout.prompt_id, rollout.index] = Score.ok(float(rollout.token_ids[0] % 2))
         groups.check_complete(num_groups)
-        return groups.grouped(scores)
+        self.last = groups.grouped(scores)
+        return [*self.last]
 
 
 @contextmanager
@@ -106,7 +110,12 @@ def idle_pool(num_workers: int) -> Iterator[Pool]:
 
 
 def idle_loop(
-    folder: Path, pool: Pool, ranks: RayRanks, num_prompts: int, staleness: Literal[0, 1] = 0
+    folder: Path,
+    pool: Pool,
+    ranks: RayRanks,
+    num_prompts: int,
+    staleness: Literal[0, 1] = 0,
+    extra_prompts: int = 0,
 ) -> LoopRun:
     config = GrpoConfig(rollouts_per_prompt=GROUP_SIZE, sampler_ratio_cap=2.0)
     algorithm = Grpo(config, Setup(SAMPLING))
@@ -115,7 +124,8 @@ def idle_loop(
         ranks, LearnerConfig(), algorithm.needs, total_steps=10**9, seed=0, route=route
     )
     parts = {"data": Stream(), "rollouts": pool, "scorer": ParityScorer(), "learners": learners}
-    return LoopRun(folder, algorithm, SAMPLING, num_prompts, staleness=staleness, **parts)
+    ahead = {"staleness": staleness, "extra_prompts": extra_prompts}
+    return LoopRun(folder, algorithm, SAMPLING, num_prompts, **ahead, **parts)
 
 
 def step_seconds(

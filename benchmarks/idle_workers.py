@@ -1,8 +1,8 @@
 """Rollout workers and learner ranks that compute nothing: real Ray actors, so that what is left is the engine's own.
 
 A sample takes SECONDS of the environment, all the same, for the longest of many would grow with their number; by its
-seed up to the part SPREAD less; or, with TAIL, a log-normal part of it. Sleeping uses no CPU, so that many workers fit
-a small machine and do not disturb each other.
+seed up to the part SPREAD less; or, with TAIL, a log-normal part of it, whichever step draws it. Sleeping uses no CPU,
+so that many workers fit a small machine and do not disturb each other.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -30,11 +32,13 @@ CHECKSUMS = {"weight": "0"}
 
 
 def sample_seconds(prompt_id: str, index: int, seed: int) -> float:
-    """How long a worker sleeps; with TAIL, the third sample of prompt 5 takes ten times the mean."""
-    mean, draw = float(os.environ.get(SECONDS, "0")), np.random.default_rng([seed, 1])
+    """How long a worker sleeps; with TAIL, the third sample of each 16th prompt takes ten times the mean."""
+    mean = float(os.environ.get(SECONDS, "0"))
     if TAIL not in os.environ:
+        draw = np.random.default_rng([seed, 1])
         return mean * (1 - float(os.environ.get(SPREAD, "0")) * draw.random())
-    is_outlier = prompt_id.endswith("/5") and index == 2
+    draw = np.random.default_rng([zlib.crc32(prompt_id.encode()), index])
+    is_outlier = int(prompt_id.rpartition("/")[2]) % 16 == 5 and index == 2
     return mean * (10.0 if is_outlier else float(draw.lognormal(-0.125, 0.5)))
 
 
@@ -42,17 +46,29 @@ class IdleWorker(RolloutWorker):
     async def start(self) -> None:
         die_with_parent()
         self._refusal = ""
+        self._interrupted = asyncio.Event()
 
     async def beat(self) -> None:
         """There is no process behind this one."""
 
     async def generate(self, task: SampleTask) -> Rollout:
-        draw = np.random.default_rng(task.seed)
-        tokens = tuple(draw.integers(3, 300, RESPONSE).tolist())
-        await asyncio.sleep(sample_seconds(task.prompt_id, task.index, task.seed))
-        logprobs = (-1.0,) * RESPONSE
-        version = self._version
-        return Rollout(task.prompt_id, task.index, tokens, 0, logprobs, version, "length", "")
+        begun = () if task.begun is None else task.begun.token_ids
+        total = sample_seconds(task.prompt_id, task.index, task.seed)
+        left = total * (1 - len(begun) / RESPONSE)
+        started, version = time.monotonic(), self._version
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._interrupted.wait(), left)
+        share = min(1.0, (time.monotonic() - started) / left) if left else 1.0
+        length = round(share * (RESPONSE - len(begun)))
+        drawn = np.random.default_rng(task.seed).integers(3, 300, length).tolist()
+        tokens = (*begun, *drawn)
+        end = "length" if len(tokens) == RESPONSE else "abort"
+        logprobs = (-1.0,) * len(tokens)
+        return Rollout(task.prompt_id, task.index, tokens, 0, logprobs, version, end, "")
+
+    async def interrupt(self) -> None:
+        self._interrupted.set()
+        self._interrupted = asyncio.Event()
 
     async def prove(self, version: int, probes: Sequence[Sequence[int]]) -> WorkerProof:
         return WorkerProof(self._name, self._version, CHECKSUMS, (), ())

@@ -42,10 +42,16 @@ class LoopRun:
         learners: Any,
         dtype: Literal["float32", "bfloat16"] = "float32",
         staleness: Literal[0, 1] = 0,
+        extra_prompts: int = 0,
         probes: tuple[tuple[int, ...], ...] = (),
     ) -> None:
         self.sampling = sampling
-        self.config = LoopConfig(steps=FOREVER, prompts_per_step=num_prompts, staleness=staleness)
+        self.config = LoopConfig(
+            steps=FOREVER,
+            prompts_per_step=num_prompts,
+            staleness=staleness,
+            extra_prompts=extra_prompts,
+        )
         self._planned: loop.Planned | None = None
         self.parts = loop.Parts(
             algorithm=algorithm,
