@@ -3,9 +3,9 @@
 The class is plain; `pool.py` makes it an actor. All methods but the constructor are coroutines, so that many samples,
 one request each, are in flight at once. vLLM is imported in `start`, never by importing this module.
 
-What holds for every sample: its seed depends on (run seed, step, prompt id, index) and never on the worker; all its
-tokens come from one policy version; its prefix cache entries are salted by weight update, so that keys and values of
-older weights are never read. After a failed weight update the worker refuses to generate.
+What holds for every sample: its seed depends on (run seed, step, prompt id, index) and never on the worker; all the
+tokens that one call draws come from one policy version; its prefix cache entries are salted by weight update, so that
+keys and values of older weights are never read. After a failed weight update the worker refuses to generate.
 """
 
 from __future__ import annotations
@@ -95,9 +95,8 @@ class RolloutWorker:
         self._version = version
         self._updates = 0
         self._requests = 0
-        self._in_flight = 0
-        self._samples: set[str] = set()
-        """Ids of requests that `interrupt` ends."""
+        self._open: set[str] = set()
+        """Ids of the requests that vLLM works on."""
         self._refusal = f"rollout worker {name} has not been started"
         self._log = EngineLog()
         self._engine: Any = None
@@ -159,7 +158,7 @@ class RolloutWorker:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         context = (*task.prompt, *task.prefix, *begun)
-        output = (await self._request(context, params, str(task), is_sample=True)).outputs[0]
+        output = (await self._request(context, params, str(task))).outputs[0]
         if output.finish_reason not in ("stop", "length", "abort"):
             raise RolloutError(
                 f"prompt {task.prompt_id}: vLLM ended the request with {output.finish_reason!r}"
@@ -183,8 +182,8 @@ class RolloutWorker:
 
     async def interrupt(self) -> None:
         """End all samples in flight where they are."""
-        while self._samples:
-            await self._engine.abort(list(self._samples))
+        while self._open:
+            await self._engine.abort(list(self._open))
             await asyncio.sleep(_ABORT_SECONDS)  # one that vLLM does not know yet is ended next
 
     async def prove(self, version: int, probes: Sequence[Sequence[int]]) -> WorkerProof:
@@ -223,9 +222,9 @@ class RolloutWorker:
 
         WorkerLost after an update that was not finished: what it left behind cannot be updated.
         """
-        if self._in_flight:
+        if self._open:
             raise RolloutError(
-                f"rollout worker {self._name} still draws {self._in_flight} samples; "
+                f"rollout worker {self._name} still draws {len(self._open)} samples; "
                 "drain the pool before a weight sync"
             )
         if self._refusal:
@@ -271,22 +270,16 @@ class RolloutWorker:
         cause = self._log.cause() or "its EngineCore process was killed"
         return WorkerLost(f"vLLM died in rollout worker {self._name}: {cause}")
 
-    async def _request(
-        self, tokens: TokenIds, params: Any, what: str, *, is_sample: bool = False
-    ) -> Any:
-        """Run one request to its end; `what` is its name in errors. `interrupt` ends samples."""
+    async def _request(self, tokens: TokenIds, params: Any, what: str) -> Any:
+        """Run one request to its end, or to `interrupt`; `what` is its name in errors."""
         from vllm.v1.engine.exceptions import EngineGenerateError
 
-        with self._drawing():
-            self._requests += 1
+        with self._drawing() as name:
             prompt = {
                 "prompt_token_ids": list(tokens),
                 "cache_salt": f"update {self._updates}",
             }
-            name = str(self._requests)
             outputs = self._engine.generate(prompt, params, name)
-            if is_sample:
-                self._samples.add(name)
             try:
                 return [output async for output in outputs][-1]
             except self._engine_dead as error:
@@ -296,19 +289,19 @@ class RolloutWorker:
                 raise RolloutError(
                     f"vLLM failed in rollout worker {self._name} at {what}: {cause!r}"
                 ) from error
-            finally:
-                self._samples.discard(name)
 
     @contextlib.contextmanager
-    def _drawing(self) -> Iterator[None]:
-        """Count a request as in flight; WorkerLost where the weights are not fit to draw with."""
+    def _drawing(self) -> Iterator[str]:
+        """The name of a request in flight; WorkerLost where the weights are not fit to draw with."""
         if self._refusal:
             raise WorkerLost(self._refusal)
-        self._in_flight += 1
+        self._requests += 1
+        name = str(self._requests)
+        self._open.add(name)
         try:
-            yield
+            yield name
         finally:
-            self._in_flight -= 1
+            self._open.discard(name)
 
     async def _probe_logprobs(self, probe: TokenIds) -> tuple[float, ...]:
         """Served log-probs of tokens 1.. of a sequence; never read from the prefix cache."""

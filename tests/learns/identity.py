@@ -133,7 +133,10 @@ class IdentityScorer:
         requests: Sequence[RolloutRequest],
         rollouts: Iterable[Rollout],
         earlier: Sequence[RolloutGroup] = (),
+        *,
+        num_groups: int | None = None,
     ) -> list[RolloutGroup]:
+        assert num_groups is None, "no task here samples more than it trains"
         prompts = {request.prompt.prompt_id: request.prompt for request in requests}
         arrived = sorted(rollouts, key=lambda rollout: rollout.index)
         groups = []
@@ -159,6 +162,10 @@ def grade(prompt: Prompt, rollout: Rollout) -> Score:
 
 class CopySampler(ModelSampler):
     """contracts.RolloutPool over a copy of the model, which weight syncs overwrite."""
+
+    def interrupt(self) -> Sequence[Rollout]:
+        """Samples are drawn when they are asked for: none is under way."""
+        return ()
 
     def receivers(self) -> Sequence[Any]:
         return [self]
