@@ -109,6 +109,8 @@ def guarded() -> Iterator[str]:
     folder = tempfile.mkdtemp(prefix="plait-ray-", dir=place if len(place) < SHORT else "/tmp")
     mine = {
         guard.RUN: secrets.token_hex(8),
+        # Ray's agents write their titles over their environment, and with it over the guard's mark.
+        "SPT_NOENV": "1",
         "TMPDIR": folder,
         "VLLM_RPC_BASE_PATH": folder,
         # What torch compiles is a cache that later runs use.

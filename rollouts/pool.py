@@ -136,7 +136,8 @@ class Pool:
                     self._wait_for_worker(self._welcomed)
                     continue
                 for ref in finished(list(owed)):
-                    if (rollout := self._collect(ref, owed)) is not None:
+                    rollout = self._collect(ref, owed) if ref in owed else None  # interrupted
+                    if rollout is not None:
                         yield rollout
                 self._lose_overdue(owed)
                 self._take_back(queue, owed, issued)

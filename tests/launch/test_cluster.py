@@ -5,11 +5,14 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
+from plait.engine import guard
 from plait.engine.errors import ClusterError
 from plait.launch import cluster, job
 from plait.launch.config import validate
@@ -176,3 +179,38 @@ def test_the_submitted_checkout_takes_over(monkeypatch, tmp_path):
     job.run_submitted_code()
     assert [words[1:3] for words in began] == [["-m", "plait.launch"]]
     assert os.environ["PYTHONPATH"].split(os.pathsep)[0] == str(tmp_path / "src")
+
+
+START = """
+import os
+from plait.engine import guard
+from plait.launch.cluster import ray_cluster
+with ray_cluster():
+    print(os.environ[guard.RUN], flush=True)
+    input()
+"""
+
+
+def test_every_process_of_a_private_cluster_bears_the_guards_mark():
+    """Also those that give themselves another title; often, for where they write it is a matter of luck."""
+    for _ in range(2):
+        driver = subprocess.Popen(
+            [sys.executable, "-c", START], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        try:
+            assert driver.stdout is not None
+            mark = driver.stdout.readline().strip()
+            started = {*below(driver.pid)}
+            unmarked = started - {*guard.marked(mark, guard.RUN)}
+            commands = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in unmarked]
+            assert len(started) > 5
+            assert [b"guard.py" in command for command in commands] == [True], commands
+        finally:
+            driver.communicate("\n", timeout=60)
+
+
+def below(parent: int) -> list[int]:
+    """All processes that it has started, and those that they have."""
+    tasks = Path(f"/proc/{parent}/task").glob("*/children")
+    children = [int(pid) for file in tasks for pid in file.read_text().split()]
+    return [*children, *(pid for child in children for pid in below(child))]
