@@ -22,17 +22,18 @@ import numpy as np
 from figures import at_least, at_most
 from harness import Session
 from idle_run import GROUP_SIZE, SAMPLING, ParityScorer, Stream, idle_loop, idle_pool, idle_ranks
-from idle_workers import SECONDS, TAIL, sample_seconds
+from idle_workers import RESPONSE, SECONDS, TAIL, sample_seconds
+from plait.engine.over_sampling import Carried
 from plait.engine.types import Prompt, RolloutRequest
 from plait.launch.cluster import ray_cluster
 from plait.rollouts.pool import Pool
 
-MEAN_SECONDS, WORKERS, SLOTS = 0.2, 2, 16
+MEAN_SECONDS, WORKERS, SLOTS = 0.4, 2, 16
 """A worker sleeps for as many samples at once as the pool gives it."""
 PROMPTS = 64 // GROUP_SIZE
-EXTRA = 10
+EXTRA = 16
 """Prompts; their samples keep the slots busy to the end of a step."""
-BLOCK = 4
+BLOCK = 3
 """Steps that are taken together: what one begins another one finishes."""
 
 
@@ -46,7 +47,7 @@ def measure(session: Session) -> None:
 
 def measure_strict(session: Session, pool: Pool) -> None:
     shares, lost = [], 0
-    for step in range(3 if session.quick else 20):
+    for step in range(3 if session.quick else 8):
         asked = requests(step)
         started = time.perf_counter()
         drawn = list(pool.generate(asked, step=step))
@@ -72,14 +73,15 @@ def measure_over_sampled(session: Session, pool: Pool, ranks: Any, folder: Path)
     try:
         for _ in range(3):
             run.step()
-        for _ in range(2 if session.quick else 15):
-            before, work = run.parts.log.seconds["rollout"], 0.0
+        for _ in range(2 if session.quick else 10):
+            before, work = run.parts.log.seconds["rollout"], -in_hand(run.state.carried)
             for _ in range(BLOCK):
                 run.step()
                 seconds = seconds_of([group.prompt.prompt_id for group in scorer.last])
                 lengths += seconds
                 work += sum(seconds)
                 tokens += sum(len(r.token_ids) for group in scorer.last for r in group.rollouts)
+            work += in_hand(run.state.carried)
             shares.append(work / (WORKERS * SLOTS) / (run.parts.log.seconds["rollout"] - before))
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         discarded = sum(row["rollouts/discarded_tokens"] for row in rows)
@@ -87,10 +89,10 @@ def measure_over_sampled(session: Session, pool: Pool, ranks: Any, folder: Path)
     finally:
         run.close()
     session.derive(
-        f"work of the trained samples / (slots x time), {EXTRA} prompts of {PROMPTS} more, partial rollouts",
+        f"work kept / (slots x time), {EXTRA} prompts beyond {PROMPTS}, partial rollouts",
         shares,
         target=at_least(0.95),
-        note=f"medians over {BLOCK} steps each; oldest sample {max(ages(rows)):.0f} updates old",
+        note=f"of {BLOCK} steps each, trained or carried on; oldest sample {max(ages(rows)):.0f} updates old",
     )
     session.count("sampled tokens discarded / trained", discarded / tokens, target=at_most(0.02))
     bias = fmean(lengths) / fmean(population)
@@ -99,6 +101,14 @@ def measure_over_sampled(session: Session, pool: Pool, ranks: Any, folder: Path)
         "mean length of trained samples / of all that were drawn",
         bias,
         note=f"standard error {error:.3f}; every prompt is trained once",
+    )
+
+
+def in_hand(carried: Carried) -> float:
+    """Seconds of work in what is sampled of the prompts that wait."""
+    return sum(
+        len(one.logprobs) / RESPONSE * sample_seconds(one.prompt_id, one.index, 0)
+        for one in carried.rollouts
     )
 
 
